@@ -1,0 +1,125 @@
+"""Slots: the places along dimension 1 of every value, and which of them stand or fall together.
+
+An addition, an activation or a pooling treats its channels one by one, so its operands and its
+result must keep the same channels: their slots share a number, or are linked. A convolution, a
+batch norm and a linear layer read some slots and write others; these calls are where a network
+can be cut to size. Whatever else reads or writes a value pins its slots: they stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.csgraph
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """The channels of one value along its dimension 1.
+
+    Attributes:
+        slots: slot numbers, shape (channels,).
+        zero: shape (channels,), True where the value is zero for every input.
+    """
+
+    slots: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One application of a layer that reads slots and writes others.
+
+    Attributes:
+        layer: name of the module.
+        source, result: the values that it reads and writes.
+        alive: shape (rows, columns of a group), True where the weight is not zero.
+        groups: of the layer; a batch norm has one for each channel.
+        size: elements of one channel in the source, and in the result.
+        reads_zero: whether a slot is read even if it is known to be zero.
+    """
+
+    layer: str
+    source: Value
+    result: Value
+    alive: Tensor
+    groups: int
+    size: tuple[int, int]
+    reads_zero: bool = False
+
+    def columns_read(self, rows: Tensor) -> Tensor:
+        """The source channels that these rows (True where wanted) depend on, shape (columns,)."""
+        grouped = self.alive.reshape(self.groups, -1, self.alive.shape[1])
+        wanted = rows.reshape(self.groups, -1, 1)
+        read = (grouped & wanted).any(1).reshape(-1)
+        return read if self.reads_zero else read & ~self.source.zero
+
+
+@dataclass(eq=False)
+class Slots:
+    """All slots of a model while its graphs are walked.
+
+    Attributes:
+        calls: applications of layers, in order.
+        refused: layers that are used in a way that does not let them shrink.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
+    _count: int = 0
+    _links: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _pinned: list[Tensor] = field(default_factory=list)
+
+    def new(self, count: int) -> Tensor:
+        """New slots, shape (count,)."""
+        self._count += count
+        return torch.arange(self._count - count, self._count)
+
+    def fresh(self, count: int) -> Value:
+        """A value of new slots that cannot be removed."""
+        slots = self.new(count)
+        self.pin(slots)
+        return Value(slots, torch.zeros(count, dtype=torch.bool))
+
+    def link(self, left: Tensor, right: Tensor) -> None:
+        """Keep or remove these slots together, pair by pair."""
+        self._links.append((left, right))
+
+    def pin(self, slots: Tensor) -> None:
+        """Never remove these slots."""
+        self._pinned.append(slots)
+
+    def solve(self, pinned: bool = False) -> Callable[[Tensor], Tensor]:
+        """A function from slots to whether they must be kept; all of them if `pinned`."""
+        label = torch.from_numpy(self._components())
+        kept = torch.full((int(label.max()) + 1 if len(label) else 0,), pinned)
+        for slots in self._pinned:
+            kept[label[slots]] = True
+        before = -1
+        while before < (before := int(kept.sum())):
+            for call in reversed(self.calls):
+                rows = kept[label[call.result.slots]] & ~call.result.zero
+                kept[label[call.source.slots[call.columns_read(rows)]]] = True
+        return lambda slots: kept[label[slots]]
+
+    def _components(self) -> np.ndarray:
+        """The number of the connected component of every slot."""
+        nothing = torch.zeros(0, dtype=torch.int64)
+        left = torch.cat([nothing, *(pair[0] for pair in self._links)]).numpy()
+        right = torch.cat([nothing, *(pair[1] for pair in self._links)]).numpy()
+        shape = (self._count, self._count)
+        links = scipy.sparse.coo_array((np.ones(len(left)), (left, right)), shape=shape)
+        return scipy.sparse.csgraph.connected_components(links, directed=False)[1].astype(np.int64)
+
+
+def joined(slots: Slots, values: Sequence[Value], zero: Tensor) -> Value:
+    """The result of an operator on values that meet channel by channel."""
+    first = values[0]
+    for value in values[1:]:
+        slots.link(first.slots, value.slots)
+    return Value(first.slots, zero)

@@ -1,0 +1,226 @@
+"""`ChannelGraph`: the channels of a network and the edges between them, as flat arrays.
+
+Channels are numbered so that every edge points from a smaller to a larger number. All edges
+into one channel form one *row*; the row's sources and lengths are two slices of shared flat
+arrays, so an edge of a convolution costs the four bytes of its length, whatever its layer's
+size: the rows of a layer share one list of sources.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import numba
+import numpy as np
+import scipy.sparse
+from numpy.typing import NDArray
+
+
+class Kind(IntEnum):
+    """When a channel is zero for every input."""
+
+    LIVE = 0  # never: inputs, constants, what lies behind a sigmoid or a layer norm
+    SUM = 1  # when every kept incoming edge starts at a zero channel
+    PRODUCT = 2  # when any incoming edge starts at a zero channel
+    DEAD = 3  # always: padding, batch norm of a constant
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One prunable weight: its kernels are numbered `start` to `start + rows * columns - 1`.
+
+    Kernel `start + o * columns + j` leads from the j-th input channel (of the group of output
+    `o`) to output channel `o`.
+    """
+
+    name: str
+    start: int
+    rows: int
+    columns: int
+
+    @property
+    def kernels(self) -> slice:
+        """The layer's kernels, as a slice of any array over all kernels."""
+        return slice(self.start, self.start + self.rows * self.columns)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """Channels and edges of a network; n channels, k kernels.
+
+    Edge number j into channel c (0 <= j < sizes[c]) starts at channel
+    `sources[source_start[c] + j]`, has length `lengths[length_start[c] + j]`, and is kernel
+    `kernel_start[c] + j`, or a fixed edge where `kernel_start[c]` is -1. One kernel can be
+    several edges (a shared layer).
+
+    Attributes:
+        kinds: shape (n,), a `Kind` for each channel.
+        sizes: shape (n,), number of edges into each channel.
+        source_start, length_start, kernel_start: shape (n,), where each row begins.
+        sources: flat channel numbers; rows may share a slice.
+        lengths: flat float32 edge lengths, at least 0.
+        outputs: shape (n,), True for channels that the model returns.
+        opaque: shape (n,), True for hubs of operators without a rule; never redundant.
+        groups: shape (n,), equal numbers for channels that can only be zero together, because
+            they share a bias or a batch norm.
+        alive: shape (k,), False for kernels that were pruned earlier.
+        layers: the prunable weights, in the order of their kernels.
+    """
+
+    kinds: NDArray[np.uint8]
+    sizes: NDArray[np.int64]
+    source_start: NDArray[np.int64]
+    length_start: NDArray[np.int64]
+    kernel_start: NDArray[np.int64]
+    sources: NDArray[np.int32]
+    lengths: NDArray[np.float32]
+    outputs: NDArray[np.bool_]
+    opaque: NDArray[np.bool_]
+    groups: NDArray[np.int32]
+    alive: NDArray[np.bool_]
+    layers: tuple[Layer, ...] = ()
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels."""
+        return len(self.kinds)
+
+    @property
+    def num_kernels(self) -> int:
+        """Number of prunable kernels, those pruned earlier included."""
+        return len(self.alive)
+
+    @property
+    def num_edges(self) -> int:
+        """Number of edges, prunable and fixed."""
+        return int(self.sizes.sum())
+
+    def __repr__(self) -> str:
+        return (
+            f"ChannelGraph({self.num_channels:,} channels, {self.num_edges:,} edges, "
+            f"{self.num_kernels:,} prunable kernels in {len(self.layers)} layers)"
+        )
+
+    def with_lengths(self, lengths: NDArray[np.float32]) -> ChannelGraph:
+        """The same wiring with other edge lengths."""
+        return replace(self, lengths=lengths)
+
+    def edges(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+        """Source, target and length of every edge, each of shape (num_edges,), row by row."""
+        within = np.arange(self.num_edges) - np.repeat(
+            np.cumsum(self.sizes) - self.sizes, self.sizes
+        )
+        targets = np.repeat(np.arange(self.num_channels, dtype=np.int32), self.sizes)
+        sources = self.sources[self.source_start[targets] + within]
+        return sources, targets, self.lengths[self.length_start[targets] + within]
+
+    def adjacency(self) -> scipy.sparse.csr_array:
+        """Lengths as a sparse matrix, entry [source, target]; the longest of parallel edges."""
+        sources, targets, lengths = self.edges()
+        order = np.lexsort((lengths, targets, sources))
+        sources, targets, lengths = sources[order], targets[order], lengths[order]
+        last = np.ones(len(order), dtype=bool)
+        last[:-1] = (np.diff(sources) != 0) | (np.diff(targets) != 0)
+        shape = (self.num_channels, self.num_channels)
+        return scipy.sparse.csr_array((lengths[last], (sources[last], targets[last])), shape=shape)
+
+
+def zero_channels(
+    graph: ChannelGraph, keep: NDArray[np.bool_], *, redundancy: bool = True
+) -> NDArray[np.bool_]:
+    """Channels that are zero for every input once their biases and batch norms are masked.
+
+    Args:
+        graph: the wiring, n channels.
+        keep: shape (k,), True for kernels that survive.
+        redundancy: a kernel that reads a zero channel counts as pruned; without it only a
+            channel whose kernels are all pruned is zero, and what hangs on it by fixed edges.
+
+    Returns:
+        Shape (n,), True for zero channels. Channels of one group are zero together or not at
+        all, since they share what has to be masked.
+    """
+    blocked = np.zeros(graph.num_channels, dtype=bool)
+    while True:
+        zero, candidate = _sweep_zero(*_rows(graph), graph.kinds, keep, blocked, redundancy)
+        alive_groups = np.unique(graph.groups[~candidate])
+        newly_blocked = np.zeros_like(blocked)
+        newly_blocked[alive_groups] = True
+        if not (zero & newly_blocked[graph.groups]).any():
+            return zero
+        blocked = newly_blocked[graph.groups]
+
+
+def used_kernels(graph: ChannelGraph, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Kept kernels that are not redundant: they read a live channel and something reads them.
+
+    Args:
+        graph: the wiring, k kernels.
+        keep: shape (k,), True for kernels that survive.
+
+    Returns:
+        Shape (k,), a subset of `keep` that fulfils the definition in itself: removing the
+        redundant kernels leaves no new ones.
+    """
+    while True:
+        zero = zero_channels(graph, keep)
+        used = _sweep_used(*_rows(graph), graph.outputs | graph.opaque, keep, zero)
+        if used.sum() == keep.sum():
+            return used
+        keep = used
+
+
+def _rows(graph: ChannelGraph) -> tuple[NDArray[np.int64], ...]:
+    return graph.sizes, graph.source_start, graph.kernel_start, graph.sources
+
+
+@numba.njit(cache=True)
+def _sweep_zero(sizes, source_start, kernel_start, sources, kinds, keep, blocked, redundancy):
+    """One forward pass: what is zero, and what would be if its group allowed it."""
+    zero = np.zeros(len(sizes), dtype=np.bool_)
+    candidate = np.zeros(len(sizes), dtype=np.bool_)
+    for channel in range(len(sizes)):
+        kind = kinds[channel]
+        if kind == 0:
+            continue
+        size, kernel = sizes[channel], kernel_start[channel]
+        row = sources[source_start[channel] : source_start[channel] + size]
+        if kind == 2:
+            candidate[channel] = zero[row].any()
+        elif kind == 3 and (redundancy or size == 0):
+            candidate[channel] = True
+        else:
+            dead = True
+            for j in range(size):
+                if kernel < 0:
+                    carries = not zero[row[j]]
+                else:
+                    carries = keep[kernel + j] and not (redundancy and zero[row[j]])
+                if carries:
+                    dead = False
+                    break
+            candidate[channel] = dead
+        zero[channel] = candidate[channel] and not blocked[channel]
+    return zero, candidate
+
+
+@numba.njit(cache=True)
+def _sweep_used(sizes, source_start, kernel_start, sources, needed, keep, zero):
+    """One backward pass from what must stay to the kernels that it depends on."""
+    needed = needed.copy()
+    used = np.zeros(len(keep), dtype=np.bool_)
+    for channel in range(len(sizes) - 1, -1, -1):
+        if zero[channel] or not needed[channel]:
+            continue
+        kernel = kernel_start[channel]
+        for j in range(sizes[channel]):
+            source = sources[source_start[channel] + j]
+            if zero[source]:
+                continue
+            if kernel < 0:
+                needed[source] = True
+            elif keep[kernel + j]:
+                used[kernel + j] = True
+                needed[source] = True
+    return used

@@ -1,0 +1,138 @@
+"""From a keep mask over kernels to masks of `torch.nn.utils.prune` on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from .prunable import Prunable
+from .tracing import untouched
+from .wiring import Weight, Wiring
+
+
+def parameter_masks(
+    model: nn.Module,
+    prunable: Prunable,
+    wiring: Wiring,
+    keep: NDArray[np.bool_],
+    zero: NDArray[np.bool_],
+) -> dict[str, Tensor]:
+    """Masks by parameter name, True where an element survives; only those that mask anything.
+
+    Args:
+        model: whose parameters they are.
+        prunable: its prunable weights.
+        wiring: where the constants of each channel are known.
+        keep: shape (kernels,), True for kernels that survive.
+        zero: shape (channels,), True for channels whose biases and batch norms are dropped.
+    """
+    parameters = dict(model.named_parameters())
+    masks: dict[str, Tensor] = {}
+
+    def mask_of(name: str) -> Tensor:
+        if name not in masks:
+            masks[name] = torch.ones(parameters[name].shape, dtype=torch.bool)
+        return masks[name]
+
+    for layer, weight in zip(prunable.graph.layers, prunable.weights, strict=True):
+        kept = torch.from_numpy(keep[layer.kernels].reshape(layer.rows, layer.columns))
+        if not kept.all():
+            assert weight.origin is not None
+            _mask_kernels(mask_of(weight.origin.parameter), weight, kept)
+    dead = torch.from_numpy(zero)
+    for name, index, ids in wiring.constants:
+        dropped = index[dead[ids]]
+        if len(dropped):
+            mask_of(name).view(-1)[dropped] = False
+    return masks
+
+
+def _mask_kernels(mask: Tensor, weight: Weight, kept: Tensor) -> None:
+    """Write False into the elements of the parameter that make up the pruned kernels."""
+    assert weight.origin is not None
+    if weight.columns is not None:
+        kept = kept[:, weight.columns]
+    if weight.origin.index is None and not weight.transposed:
+        mask[~kept] = False
+    else:
+        index = weight.kernels(weight.origin.flat_index(weight.value.shape))
+        mask.view(-1)[index[~kept].reshape(-1)] = False
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], called: frozenset[str]) -> None:
+    """Put masks on the model, combined with those that are there; all of them or none.
+
+    Args:
+        model: modified in place.
+        masks: by parameter name, True where an element survives.
+        called: names of the modules that the forward pass calls; only their hooks run.
+    """
+    parameters = dict(model.named_parameters())
+    holders: dict[int, list[tuple[str, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((path, name))
+    with untouched(model, always=False):
+        for key, mask in masks.items():
+            for path, name in holders[id(parameters[key])]:
+                _apply(model.get_submodule(path), name, mask)
+                if path not in called:
+                    _refresh_from_caller(model, path, called)
+
+
+def _apply(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Mask one parameter; a mask that is there is narrowed, not wrapped once more."""
+    plain = name.removesuffix("_orig")
+    existing = getattr(module, f"{plain}_mask", None)
+    if name != plain and existing is not None:
+        module._buffers[f"{plain}_mask"] = existing * mask.to(existing.device, existing.dtype)
+        _masking_hook(module, plain)[1](module, ())
+        return
+    prune.custom_from_mask(module, name, mask.to(getattr(module, name).device))
+    # A weight norm of the same parameter must find it masked when its own hook runs.
+    module._forward_pre_hooks.move_to_end(_masking_hook(module, name)[0], last=False)
+
+
+def _masking_hook(module: nn.Module, name: str) -> tuple[int, Any]:
+    """The pruning hook of a parameter, with its number among the module's hooks."""
+    return next(
+        (number, hook)
+        for number, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name
+    )
+
+
+class RefreshMasks:
+    """A hook that applies the masks of a submodule which holds parameters but is never called."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Run the pruning hooks of the submodule."""
+        holder = module.get_submodule(self.path)
+        for hook in holder._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                hook(holder, inputs)
+
+
+def _refresh_from_caller(model: nn.Module, path: str, called: frozenset[str]) -> None:
+    """Let the closest module that is called apply the masks of one that is not."""
+    caller = next(parent for parent in _parents(path) if parent in called or parent == "")
+    module = model.get_submodule(caller)
+    below = path[len(caller) :].lstrip(".")
+    known = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, RefreshMasks)]
+    if below not in [hook.path for hook in known]:
+        module.register_forward_pre_hook(RefreshMasks(below))
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition(".")[0]
+        yield path

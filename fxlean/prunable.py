@@ -1,0 +1,238 @@
+"""Which weights are pruned: all that can be, less those that are ignored or make the output."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .channels import Wired
+from .errors import ArgumentError
+from .graph import ChannelGraph, Layer
+from .wiring import Block, Weight, Wiring
+
+COMPUTED = "its weight is computed in a way that zeroing a parameter does not zero a kernel"
+CONFLICT = "its parameter is used in two different ways"
+IGNORED = "ignored"
+OUTPUT = "produces the model's output (prune_outputs=True includes it)"
+UNREACHED = "not reached by the forward pass in eval mode"
+
+
+@dataclass(frozen=True, eq=False)
+class Prunable:
+    """The graph of a model with its prunable kernels.
+
+    Attributes:
+        graph: the wiring; lengths of weights are still zero.
+        weights: the weight of each of `graph.layers`.
+        skipped: layers that are left alone, and why.
+    """
+
+    graph: ChannelGraph
+    weights: tuple[Weight, ...]
+    skipped: dict[str, str]
+
+
+def find_prunable(
+    model: nn.Module,
+    wired: Wired,
+    ignored: frozenset[str],
+    *,
+    prune_outputs: bool,
+    include_linear: bool,
+) -> Prunable:
+    """Number the kernels of every weight that may be pruned.
+
+    Args:
+        model: for the masks that are already on it.
+        wired: its wiring.
+        ignored: names of parameters to leave alone.
+        prune_outputs: whether to prune the layers that make the model's output.
+        include_linear: whether to prune linear layers.
+    """
+    wiring = wired.wiring
+    protected = frozenset() if prune_outputs else _output_blocks(wiring, wired.results)
+    numbers: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    skipped = dict(wiring.skipped)
+    for number, block in enumerate(wiring.blocks):
+        if block.weight.columns is None or include_linear:
+            numbers[_identity(number, block.weight)].append(number)
+    conflicts = _conflicts([wiring.blocks[group[0]].weight for group in numbers.values()])
+    prunable: dict[int, Layer] = {}
+    weights, pruned, start = [], [], 0
+    for group in numbers.values():
+        block = wiring.blocks[group[0]]
+        weight = block.weight
+        name = layer_name(weight)
+        reason = _reason(weight, ignored, conflicts, not protected.isdisjoint(group))
+        if reason is not None:
+            skipped[name] = reason
+            continue
+        layer = Layer(name, start, block.rows, block.columns)
+        start += block.rows * block.columns
+        prunable |= dict.fromkeys(group, layer)
+        weights.append(weight)
+        pruned.append(_pruned_before(model, weight, layer))
+    skipped |= _unreached(model, wired.used)
+    graph = wiring.finish(wired.outputs, prunable, torch.cat([torch.zeros(0).bool(), *pruned]))
+    return Prunable(graph, tuple(weights), skipped)
+
+
+def layer_name(weight: Weight) -> str:
+    """The layer's name: its module's, or the parameter's where a module has several."""
+    name = weight.origin.parameter if weight.origin else weight.name
+    parts = name.removesuffix("_orig").split(".")
+    if "parametrizations" in parts:
+        parts = [*parts[: parts.index("parametrizations")], "weight"]
+    return ".".join(parts[:-1] if parts[-1] in ("weight", "weight_v") and parts[1:] else parts)
+
+
+def resolve_ignored(model: nn.Module, ignore: Any) -> frozenset[str]:
+    """Names of the parameters that `ignore` covers.
+
+    Args:
+        model: whose parameters they are.
+        ignore: names of modules or parameters, glob patterns, modules, module types, or one of
+            them. A module covers what it contains.
+
+    Raises:
+        ArgumentError: an entry is of another type, or matches nothing.
+    """
+    entries = [ignore] if isinstance(ignore, str | nn.Module | type) else list(ignore)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    ignored: set[int] = set()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = []
+    for entry in entries:
+        roots = [name for name, module in modules.items() if _matches(entry, name, module)]
+        direct = [n for n in names if isinstance(entry, str) and _glob(entry, _public(n))]
+        if not roots and not direct:
+            missing.append(entry)
+        below = [n for n in names for root in roots if n.startswith(f"{root}.") or root == ""]
+        ignored |= {id(parameters[name]) for name in direct + below}
+    if missing:
+        raise ArgumentError(
+            f"ignore entries match nothing in {type(model).__name__}: "
+            f"{', '.join(repr(entry) for entry in missing)}. Pass names from "
+            "model.named_modules(), glob patterns on them, modules of this model or their types."
+        )
+    return frozenset(name for name, parameter in parameters.items() if id(parameter) in ignored)
+
+
+def _matches(entry: Any, name: str, module: nn.Module) -> bool:
+    if isinstance(entry, str):
+        return _glob(entry, name)
+    if isinstance(entry, type):
+        return isinstance(module, entry)
+    return module is entry
+
+
+def _glob(pattern: str, name: str) -> bool:
+    return bool(name) and (name == pattern or fnmatchcase(name, pattern))
+
+
+def _public(name: str) -> str:
+    return name.removesuffix("_orig")
+
+
+def _identity(number: int, weight: Weight) -> tuple[Any, ...]:
+    """Equal for applications of the same kernels in the same way."""
+    if weight.origin is None:
+        return (number,)
+    index, columns = weight.origin.index, weight.columns
+    return (
+        weight.origin.parameter,
+        None if index is None else index.numpy().tobytes(),
+        None if columns is None else columns.numpy().tobytes(),
+        weight.transposed,
+        weight.groups,
+    )
+
+
+def _conflicts(weights: Iterable[Weight]) -> set[str]:
+    """Parameters of which two different weights use the same elements."""
+    indices: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for weight in weights:
+        if weight.origin is not None:
+            indices[weight.origin.parameter].append(weight)
+    conflicts = set()
+    for parameter, users in indices.items():
+        if len(users) > 1:
+            flat = [w.origin.flat_index(w.value.shape).reshape(-1) for w in users if w.origin]
+            every = torch.cat(flat).numpy()
+            if len(np.unique(every)) < len(every):
+                conflicts.add(parameter)
+    return conflicts
+
+
+def _reason(
+    weight: Weight, ignored: frozenset[str], conflicts: set[str], makes_output: bool
+) -> str | None:
+    if weight.origin is None:
+        return IGNORED if weight.name in ignored else COMPUTED
+    if weight.origin.parameter in ignored:
+        return IGNORED
+    if weight.origin.parameter in conflicts:
+        return CONFLICT
+    return OUTPUT if makes_output else None
+
+
+def _output_blocks(wiring: Wiring, results: Tensor) -> frozenset[int]:
+    """Applications that make the results directly, or through one join."""
+    sources_of = wiring.rows()
+    firsts = np.array([block.first for block in wiring.blocks], dtype=np.int64)
+    found, seen = set(), set()
+    stack = [(int(channel), 0) for channel in results]
+    while stack:
+        channel, joins = stack.pop()
+        if (channel, joins) in seen:
+            continue
+        seen.add((channel, joins))
+        number = int(np.searchsorted(firsts, channel, side="right")) - 1
+        if number >= 0 and channel < firsts[number] + wiring.blocks[number].rows:
+            found.add(number)
+            continue
+        sources = sources_of(channel)
+        joins += len(sources) > 1
+        if joins <= 1:
+            stack += [(int(source), joins) for source in sources]
+    return frozenset(found)
+
+
+def _pruned_before(model: nn.Module, weight: Weight, layer: Layer) -> Tensor:
+    """True for kernels that masks of `torch.nn.utils.prune` have removed already."""
+    assert weight.origin is not None
+    mask = dict(model.named_buffers()).get(f"{_public(weight.origin.parameter)}_mask")
+    if mask is None or not weight.origin.parameter.endswith("_orig"):
+        return torch.zeros(layer.rows * layer.columns, dtype=torch.bool)
+    index = weight.origin.index
+    effective = mask if index is None else mask.flatten()[index.to(mask.device)]
+    alive = weight.kernels(effective.reshape(weight.value.shape) != 0)
+    return ~per_kernel(alive, weight).reshape(-1).cpu()
+
+
+def per_kernel(elements: Tensor, weight: Weight) -> Tensor:
+    """Whether any element of each kernel is True; from kernels of shape (out, in, *size)."""
+    if weight.columns is None:
+        return elements.flatten(2).any(2)
+    columns = weight.columns.to(elements.device)
+    counts = torch.zeros(len(elements), int(columns.max()) + 1, device=elements.device)
+    return counts.index_add_(1, columns, elements.float()) > 0
+
+
+def _unreached(model: nn.Module, used: frozenset[str]) -> dict[str, str]:
+    """Convolutions that no traced graph reads."""
+    return {
+        name: UNREACHED
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
+        and (own := [f"{name}.{key}" for key, _ in module.named_parameters()])
+        and used.isdisjoint(own)
+    }

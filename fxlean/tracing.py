@@ -1,0 +1,295 @@
+"""From a model and example inputs to an ATen-level graph, with the model left as it was found.
+
+Every convolution becomes `aten.convolution`, every shape a constant, and every in-place write a
+pure operator. Nothing is computed: the tensors are fake.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from .errors import ArgumentError, TraceError
+
+SIZES = {
+    1: ((1024,), (128,), (4096,), (16,), (16384,)),
+    2: tuple((n, n) for n in (64, 224, 28, 32, 128, 256, 299, 96, 16, 8, 160, 192, 240, 384, 512)),
+    3: tuple((n, n, n) for n in (32, 64, 16, 96, 128)) + ((16, 112, 112), (16, 224, 224)),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The traced graph of a model, or of one of its submodules.
+
+    Attributes:
+        module: name of the submodule, "" for the whole model.
+        graph: the graph module; all of its placeholders but the first `len(state)` are inputs.
+        state: names of the parameters and buffers behind the first placeholders.
+        inputs, outputs: the tensors of a real run, if there was one, in graph order; they show
+            which pieces feed which.
+    """
+
+    module: str
+    graph: torch.fx.GraphModule
+    state: tuple[str, ...]
+    inputs: tuple[object, ...] = ()
+    outputs: tuple[object, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was traced of a model.
+
+    Attributes:
+        pieces: one graph, or one for each submodule that could be traced.
+        called: names of the modules that the forward pass calls.
+        left_out: what could not be traced, and why.
+    """
+
+    pieces: tuple[Piece, ...]
+    called: frozenset[str]
+    left_out: tuple[str, ...] = ()
+
+
+def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
+    """The model as ATen graphs: one if it traces as a whole, else one a submodule.
+
+    Args:
+        model: any module; it is left exactly as found.
+        example_inputs: a tensor, a tuple of positional arguments, or None to try common sizes.
+
+    Raises:
+        ArgumentError: the model rejects the example inputs that it was given.
+        TraceError: no inputs that were tried fit, or nothing of the model can be traced.
+    """
+    if example_inputs is not None:
+        candidates = [as_arguments(example_inputs)]
+    else:
+        candidates = list(_guesses(model))
+    failure: Exception | None = None
+    for arguments in candidates:
+        try:
+            piece, called = _trace(model, "", arguments)
+            return Trace((piece,), called)
+        except Exception as err:
+            failure = err
+        try:
+            calls = _record_calls(model, arguments)
+        except Exception as err:
+            failure = err
+            continue
+        return _trace_children(model, calls, failure)
+    assert failure is not None
+    if example_inputs is not None:
+        raise ArgumentError(
+            f"{type(model).__name__} rejects the example inputs {_describe(candidates[0])}: "
+            f"{_first_line(failure)}. Pass example_inputs that model(*example_inputs) accepts."
+        ) from failure
+    tried = ", ".join(_describe(arguments) for arguments in candidates)
+    raise TraceError(
+        f"{type(model).__name__} accepts none of the inputs tried ({tried}); the last failed "
+        f"with: {_first_line(failure)}. Pass example_inputs=, a tensor or a tuple of arguments."
+    ) from failure
+
+
+def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
+    """Example inputs as a tuple of positional arguments."""
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arguments)):
+        raise ArgumentError(
+            f"example_inputs holds no tensor but {type(example_inputs).__name__}. Pass a tensor, "
+            "or a tuple of the positional arguments of the model."
+        )
+    return arguments
+
+
+def _guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+    """Inputs of common sizes for a model whose first convolution says channels and dimensions."""
+    weight, channels = _first_convolution(model)
+    spatial = weight.dim() - 2
+    signature = inspect.signature(model.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in signature if p.kind in positional and p.default is p.empty]
+    for size in SIZES[spatial]:
+        image = torch.zeros((1, channels, *size), dtype=weight.dtype, device=weight.device)
+        yield (image,) * max(1, len(needed))
+
+
+def _first_convolution(model: nn.Module) -> tuple[Tensor, int]:
+    """Weight and number of input channels of the first convolution, in order of registration."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and 3 <= weight.dim() <= 5 and hasattr(module, "in_channels"):
+            return weight, int(module.in_channels)
+    for parameter in model.parameters():
+        if 3 <= parameter.dim() <= 5:
+            return parameter, parameter.shape[1]
+    raise ArgumentError(
+        f"{type(model).__name__} has no parameter that could be a convolution kernel (3 to 5 "
+        "dimensions), so there is nothing to prune and no input shape to infer. If its "
+        "convolutions are elsewhere, pass example_inputs=."
+    )
+
+
+@contextmanager
+def untouched(model: nn.Module, *, always: bool = True) -> Iterator[None]:
+    """Put back attributes, parameters, buffers, hooks, training flags and RNG state on leaving.
+
+    With `always=False` only if the block raises. Values that the block writes into tensors in
+    place are put back for buffers, not for parameters.
+    """
+    modules = [(module, _shallow(module.__dict__)) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    done = False
+    with torch.random.fork_rng(list(devices), enabled=always):
+        try:
+            yield
+            done = not always
+        finally:
+            if not done:
+                for module, saved in modules:
+                    _restore(module.__dict__, saved)
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.data.copy_(value)
+
+
+def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Every attribute with, for containers, a copy of what it holds."""
+    return {
+        key: (value, value.copy() if isinstance(value, dict | list | set) else None)
+        for key, value in attributes.items()
+    }
+
+
+def _restore(attributes: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> None:
+    attributes.clear()
+    for key, (value, content) in saved.items():
+        if isinstance(value, list):
+            value[:] = content
+        elif isinstance(value, dict | set):
+            value.clear()
+            value.update(content)
+        attributes[key] = value
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode without gradients, and everything as before afterwards."""
+    with untouched(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in model.modules():
+            module.training = False
+        yield
+
+
+def _trace(model: nn.Module, name: str, arguments: tuple[Any, ...]) -> tuple[Piece, frozenset[str]]:
+    """One module as a graph of pure ATen operators, and the names of the modules it calls.
+
+    Raises whatever the module raises.
+    """
+    module = model.get_submodule(name)
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    leaves, spec = pytree.tree_flatten(arguments)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def run(values: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        filled = iter(inputs)
+        merged = [next(filled) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        positional = pytree.tree_unflatten(merged, spec)
+        named = dict(zip(state, values, strict=True))
+        result = torch.func.functional_call(module, named, positional)
+        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+    called: set[str] = set()
+    with _evaluating(model):
+        for path, child in model.named_modules():
+            child.register_forward_pre_hook(lambda *_, path=path: called.add(path))
+        pure = torch.func.functionalize(run)
+        traced = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)
+        graph = traced(list(state.values()), tensors)
+    prefix = f"{name}." if name else ""
+    return Piece(name, graph, tuple(prefix + key for key in state)), frozenset(called)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Arguments and result of the first call of a submodule in a real run."""
+
+    arguments: tuple[Any, ...]
+    result: Any
+
+
+def _record_calls(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Call]:
+    """The first call of every submodule, from running the model once for real."""
+    calls: dict[str, _Call] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            if not kwargs:
+                calls.setdefault(name, _Call(args, out))
+
+        return record
+
+    with _evaluating(model):
+        for name, module in model.named_modules():
+            module.register_forward_hook(recorder(name), with_kwargs=True)
+        model(*arguments)
+    return calls
+
+
+def _trace_children(model: nn.Module, calls: dict[str, _Call], failure: Exception) -> Trace:
+    """The largest submodules that trace, after the model as a whole has failed to."""
+    pieces: list[Piece] = []
+    left_out = [f"{type(model).__name__} as a whole does not trace: {_first_line(failure)}"]
+
+    def descend(name: str) -> None:
+        module = model.get_submodule(name)
+        if not any(parameter.dim() >= 2 for parameter in module.parameters()):
+            return
+        if name and name in calls:
+            try:
+                piece, _ = _trace(model, name, calls[name].arguments)
+            except Exception as err:
+                left_out.append(f"{name} does not trace: {_first_line(err)}")
+            else:
+                inputs = _tensors(calls[name].arguments)
+                outputs = _tensors(calls[name].result)
+                pieces.append(Piece(name, piece.graph, piece.state, inputs, outputs))
+                return
+        for child, _ in module.named_children():
+            descend(f"{name}.{child}" if name else child)
+
+    descend("")
+    if not pieces:
+        raise TraceError(
+            f"neither {type(model).__name__} nor any of its submodules can be traced: "
+            f"{_first_line(failure)}. Prune a submodule that is free of data-dependent Python, "
+            "with example_inputs of its own."
+        ) from failure
+    return Trace(tuple(pieces), frozenset(calls), tuple(left_out))
+
+
+def _tensors(tree: Any) -> tuple[object, ...]:
+    return tuple(leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _describe(arguments: tuple[Any, ...]) -> str:
+    leaves = pytree.tree_leaves(arguments)
+    return " + ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def _first_line(err: BaseException) -> str:
+    lines = str(err).strip().splitlines()
+    return f"{type(err).__name__}: {lines[0][:300]}" if lines else type(err).__name__
