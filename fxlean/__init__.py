@@ -3,7 +3,7 @@
 from .errors import ArgumentError, FxleanError, TraceError
 from .graph import ChannelGraph
 from .norms import operator_norms
-from .pruning import OpaqueWarning, iterate, prune, trace
+from .pruning import PruneWarning, iterate, prune, trace
 from .report import PruneResult
 from .rules import register
 
@@ -11,8 +11,8 @@ __all__ = [
     "ArgumentError",
     "ChannelGraph",
     "FxleanError",
-    "OpaqueWarning",
     "PruneResult",
+    "PruneWarning",
     "TraceError",
     "iterate",
     "operator_norms",

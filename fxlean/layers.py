@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from .flows import Flow, distinct, make_flow, reduce_to, scalar_gain
 from .graph import Kind
 from .site import Site
-from .wiring import Block, Weight
+from .wiring import Block, Origin, Weight
 
 aten = torch.ops.aten
 BATCH_NORMS = frozenset(
@@ -34,11 +34,13 @@ def convolution(site: Site) -> Any:
     if not site.is_constant([node, site.argument("bias")]):
         return site.opaque()
     groups = site.argument("groups")
+    origin, scale = _origins(site, node)
     weight = Weight(
         name=site.constants.name(node),
         value=site.value(node),
         transposed=site.argument("transposed"),
-        origin=site.origin(node),
+        origin=origin,
+        scale=scale,
         stride=tuple(site.argument("stride")),
         dilation=tuple(site.argument("dilation")),
         groups=groups,
@@ -62,16 +64,27 @@ def linear(site: Site) -> Any:
     flow = site.wiring.merge(site.flow(data), [1])
     features = _along(flow.ids, flow.shape[1])
     sources, columns = distinct(features)
+    origin, scale = _origins(site, inner)
     weight = Weight(
         name=site.constants.name(inner),
         value=site.value(inner),
         transposed=not flipped,
-        origin=site.origin(inner),
+        origin=origin,
+        scale=scale,
         columns=columns,
     )
     gain = torch.zeros(len(sources), dtype=torch.float64)
     gain.scatter_reduce_(0, columns, _along(flow.gain, flow.shape[1]), "amax")
     return _connect(site, weight, bias, sources[None], gain[None])[0]
+
+
+def _origins(site: Site, node: fx.Node) -> tuple[Origin | None, Origin | None]:
+    """Where the kernels of a weight can be zeroed, and the scales of a weight norm."""
+    origin = site.origin(node)
+    try:
+        return origin, site.constants.scale(node, origin) if origin else None
+    except LookupError:
+        return None, None
 
 
 def _connect(

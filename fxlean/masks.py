@@ -44,7 +44,10 @@ def parameter_masks(
         kept = torch.from_numpy(keep[layer.kernels].reshape(layer.rows, layer.columns))
         if not kept.all():
             assert weight.origin is not None
-            _mask_kernels(mask_of(weight.origin.parameter), weight, kept)
+            mask = mask_of(weight.origin.parameter)
+            _mask_kernels(mask, weight, kept)
+            if weight.scale is not None:
+                _mask_scales(mask, mask_of(weight.scale.parameter), weight)
     dead = torch.from_numpy(zero)
     for name, index, ids in wiring.constants:
         dropped = index[dead[ids]]
@@ -65,6 +68,17 @@ def _mask_kernels(mask: Tensor, weight: Weight, kept: Tensor) -> None:
         mask.view(-1)[index[~kept].reshape(-1)] = False
 
 
+def _mask_scales(mask: Tensor, scale_mask: Tensor, weight: Weight) -> None:
+    """Where nothing is left to divide by, mask the scale in place of the elements."""
+    assert weight.origin is not None
+    assert weight.scale is not None
+    index = weight.origin.flat_index(weight.value.shape).reshape(-1)
+    scales = weight.scale.flat_index(weight.value.shape).reshape(-1)
+    left = torch.zeros(scale_mask.numel()).index_add_(0, scales, mask.view(-1)[index].float())
+    scale_mask.view(-1)[left == 0] = False
+    mask.view(-1)[index[left[scales] == 0]] = True
+
+
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], called: frozenset[str]) -> None:
     """Put masks on the model, combined with those that are there; all of them or none.
 
@@ -78,7 +92,8 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], called: frozenset
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((path, name))
-    with untouched(model, always=False):
+    # Without gradients the masked weights can be deep-copied; the next forward pass renews them.
+    with untouched(model, always=False), torch.no_grad():
         for key, mask in masks.items():
             for path, name in holders[id(parameters[key])]:
                 _apply(model.get_submodule(path), name, mask)

@@ -208,14 +208,17 @@ def _output_blocks(wiring: Wiring, results: Tensor) -> frozenset[int]:
 
 def _pruned_before(model: nn.Module, weight: Weight, layer: Layer) -> Tensor:
     """True for kernels that masks of `torch.nn.utils.prune` have removed already."""
-    assert weight.origin is not None
-    mask = dict(model.named_buffers()).get(f"{_public(weight.origin.parameter)}_mask")
-    if mask is None or not weight.origin.parameter.endswith("_orig"):
-        return torch.zeros(layer.rows * layer.columns, dtype=torch.bool)
-    index = weight.origin.index
-    effective = mask if index is None else mask.flatten()[index.to(mask.device)]
-    alive = weight.kernels(effective.reshape(weight.value.shape) != 0)
-    return ~per_kernel(alive, weight).reshape(-1).cpu()
+    alive = torch.ones(weight.value.shape, dtype=torch.bool, device=weight.value.device)
+    buffers = dict(model.named_buffers())
+    for origin in (weight.origin, weight.scale):
+        name = origin.parameter if origin else ""
+        mask = buffers.get(f"{_public(name)}_mask") if name.endswith("_orig") else None
+        if origin is None or mask is None:
+            continue
+        index = origin.index
+        effective = mask if index is None else mask.flatten()[index.to(mask.device)]
+        alive &= effective.reshape(alive.shape) != 0
+    return ~per_kernel(weight.kernels(alive), weight).reshape(-1).cpu()
 
 
 def per_kernel(elements: Tensor, weight: Weight) -> Tensor:

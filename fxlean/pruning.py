@@ -28,8 +28,8 @@ from .tracing import Trace, trace_model
 STAGES = ("trace", "norms", "select", "masks")
 
 
-class OpaqueWarning(UserWarning):
-    """The model has operators without a rule; the result is right, but more cautious."""
+class PruneWarning(UserWarning):
+    """The result is right, but may surprise: operators without a rule, or nothing left."""
 
 
 def prune(
@@ -76,7 +76,8 @@ def prune(
         TraceError: no example inputs were given and none that were tried fit.
 
     Warns:
-        OpaqueWarning: operators without a rule were treated as reading and writing everything.
+        PruneWarning: operators without a rule were treated as reading and writing everything,
+            or so few kernels are kept that the output does not depend on the input any more.
 
     Source: Schoonhoven, Hendriksen, Pelt and Batenburg, arXiv 2011.06923.
     """
@@ -114,8 +115,7 @@ def prune(
         skipped=prunable.skipped,
         timings=stages.seconds,
     )
-    if result.opaque_ops:
-        _warn_opaque(result)
+    _warn(result)
     return result
 
 
@@ -244,14 +244,23 @@ def _generator(method: str) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def _warn_opaque(result: PruneResult) -> None:
-    ops = ", ".join(f"{op} ({count} times)" for op, count in result.opaque_ops.items())
-    warnings.warn(
-        f"no rule for {ops}: treated as reading and writing every channel, so nothing before "
-        "them counts as redundant. The masks are right; fxlean.register adds a rule.",
-        OpaqueWarning,
-        stacklevel=3,
-    )
+def _warn(result: PruneResult) -> None:
+    if result.opaque_ops:
+        ops = ", ".join(f"{op} ({count} times)" for op, count in result.opaque_ops.items())
+        warnings.warn(
+            f"no rule for {ops}: treated as reading and writing every channel, so nothing before "
+            "them counts as redundant. The masks are right; fxlean.register adds a rule.",
+            PruneWarning,
+            stacklevel=3,
+        )
+    if result.kept == 0:
+        warnings.warn(
+            f"the {result.selected} kernels that {result.method} selected connect no input to an "
+            "output, so all of them were redundant and the output is constant. Keep more, prune "
+            "in several steps with fxlean.iterate, or use method='path', which keeps chains whole.",
+            PruneWarning,
+            stacklevel=3,
+        )
 
 
 class _Stages:

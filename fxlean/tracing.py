@@ -115,30 +115,37 @@ def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
 
 def _guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
     """Inputs of common sizes for a model whose first convolution says channels and dimensions."""
-    weight, channels = _first_convolution(model)
-    spatial = weight.dim() - 2
+    firsts = _first_convolutions(model)
     signature = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p for p in signature if p.kind in positional and p.default is p.empty]
-    for size in SIZES[spatial]:
-        image = torch.zeros((1, channels, *size), dtype=weight.dtype, device=weight.device)
-        yield (image,) * max(1, len(needed))
+    for sizes in zip(*(SIZES[weight.dim() - 2] for weight, _ in firsts), strict=False):
+        for size, (weight, channels) in zip(sizes, firsts, strict=True):
+            image = torch.zeros((1, channels, *size), dtype=weight.dtype, device=weight.device)
+            yield (image,) * max(1, len(needed))
 
 
-def _first_convolution(model: nn.Module) -> tuple[Tensor, int]:
-    """Weight and number of input channels of the first convolution, in order of registration."""
+def _first_convolutions(model: nn.Module) -> list[tuple[Tensor, int]]:
+    """Weight and number of input channels of what may be the first convolution.
+
+    The first convolution module, in order of registration, and the first parameter outside of
+    such modules that could be a kernel: a functional convolution, or just a position embedding.
+    """
+    modules, parameters = [], []
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and 3 <= weight.dim() <= 5 and hasattr(module, "in_channels"):
-            return weight, int(module.in_channels)
-    for parameter in model.parameters():
-        if 3 <= parameter.dim() <= 5:
-            return parameter, parameter.shape[1]
-    raise ArgumentError(
-        f"{type(model).__name__} has no parameter that could be a convolution kernel (3 to 5 "
-        "dimensions), so there is nothing to prune and no input shape to infer. If its "
-        "convolutions are elsewhere, pass example_inputs=."
-    )
+        weight, channels = getattr(module, "weight", None), getattr(module, "in_channels", None)
+        if isinstance(weight, Tensor) and 3 <= weight.dim() <= 5 and isinstance(channels, int):
+            modules.append((weight, channels))
+            continue
+        own = [p for p in module.parameters(recurse=False) if 3 <= p.dim() <= 5]
+        parameters += [(parameter, parameter.shape[1]) for parameter in own]
+    if not modules and not parameters:
+        raise ArgumentError(
+            f"{type(model).__name__} has no parameter that could be a convolution kernel (3 to 5 "
+            "dimensions), so there is nothing to prune and no input shape to infer. If its "
+            "convolutions are elsewhere, pass example_inputs=."
+        )
+    return modules[:1] + parameters[:1]
 
 
 @contextmanager

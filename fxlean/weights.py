@@ -7,6 +7,7 @@ on the real tensors; where its elements come from, by moving indices the way the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,9 +47,7 @@ class Constants:
         for ancestor in _ancestors(node):
             origins[ancestor] = self._step(ancestor, origins)
         origin = origins[node]
-        if origin is None or not self._zeroes(node, origin):
-            return None
-        return origin
+        return origin if origin is not None and self._zeroes(node, origin) else None
 
     def name(self, node: fx.Node) -> str:
         """The parameter behind a weight, for messages: the first if it is computed from many."""
@@ -74,42 +73,85 @@ class Constants:
             if origin is None:
                 continue
             before = tuple(arg.meta["val"].shape) if isinstance(arg.meta["val"], Tensor) else None
+            if before is None and self._moves(arg.target):
+                return self._part(node, arg, origins)
             if before is not None and self._moves(node.target):
                 return Origin(origin.parameter, self._move(node, arg, origin.flat_index(before)))
             if before is None or before == tuple(value.shape):
                 return origin
         return None
 
+    def _part(
+        self, node: fx.Node, whole: fx.Node, origins: Mapping[fx.Node, Origin | None]
+    ) -> Origin | None:
+        """The origin of one of the results of a movement that has several, such as a split."""
+        (moved, origin), *_ = [(arg, origins[arg]) for arg in whole.all_input_nodes if origins[arg]]
+        assert origin is not None
+        parts = self._move(whole, moved, origin.flat_index(tuple(moved.meta["val"].shape)))
+        return Origin(origin.parameter, parts[node.args[1]])  # type: ignore[index]
+
     def _move(self, node: fx.Node, moved: fx.Node, index: Tensor) -> Tensor:
         """The flat indices after a data movement, by running it on them."""
-        return _run(node, lambda arg: index if arg is moved else self.value(arg))
+        moved_index: Tensor = _run(node, lambda arg: index if arg is moved else self.value(arg))
+        return moved_index
 
     def _zeroes(self, node: fx.Node, origin: Origin) -> bool:
         """Whether zeroing elements of the parameter zeroes just these elements of the node.
 
         A product does; for anything else, run it: zero a random half of the elements, then the
-        other half.
+        other half. A weight norm divides by zero where a half holds all that it sums over.
         """
         ancestors = [ancestor for ancestor in _ancestors(node) if ancestor.op == "call_function"]
         if all(
-            self._moves(ancestor.target) or _packet(ancestor.target) in MULTIPLICATIVE
+            self._moves(ancestor.target)
+            or ancestor.target is operator.getitem
+            or _packet(ancestor.target) in MULTIPLICATIVE
             for ancestor in ancestors
         ):
             return True
-        source, parameter = next(
-            (key, tensor) for key, (name, tensor) in self._state.items() if name == origin.parameter
-        )
+        source, parameter = self._named(origin.parameter)
         index = origin.flat_index(parameter.shape).to(parameter.device)
         generator = torch.Generator().manual_seed(0)
         half = torch.rand(parameter.numel(), generator=generator) < 0.5
-        for zeroed in (half, ~half):
-            zeroed = zeroed.to(parameter.device)
-            changed = parameter.detach().flatten().masked_fill(zeroed, 0).view_as(parameter)
-            values = {source: changed}
-            result = _evaluate(node, values, self._leaf)
-            if bool(result[zeroed[index]].any()):
+        for zeroed in (half.to(parameter.device), ~half.to(parameter.device)):
+            result = self._with(node, source, parameter.detach().flatten().masked_fill(zeroed, 0))
+            if bool(result[zeroed[index]].nan_to_num(0.0).any()):
                 return False
         return True
+
+    def scale(self, node: fx.Node, origin: Origin) -> Origin | None:
+        """What must be zeroed instead of all elements that a weight norm sums over.
+
+        A normalised weight is not a number where all of its elements are zero, but is zero
+        where its scale is. The origin of the scales has the weight's shape.
+
+        Raises:
+            LookupError: the weight is not a number there, and has no such scale.
+        """
+        if node in self._state:
+            return None
+        source, parameter = self._named(origin.parameter)
+        if not self._with(node, source, torch.zeros_like(parameter)).isnan().any():
+            return None
+        shape = node.meta["val"].shape
+        for ancestor in _ancestors(node):
+            name, tensor = self._state.get(ancestor, ("", torch.zeros(0)))
+            if ancestor is source or not isinstance(tensor, torch.nn.Parameter):
+                continue
+            if not self._with(node, ancestor, torch.zeros_like(tensor)).any():
+                index = torch.arange(tensor.numel()).reshape(tensor.shape)
+                return Origin(name, index.broadcast_to(shape))
+        raise LookupError(name)
+
+    def _named(self, name: str) -> tuple[fx.Node, Tensor]:
+        """The placeholder of a parameter, and its value."""
+        return next((key, tensor) for key, (known, tensor) in self._state.items() if known == name)
+
+    def _with(self, node: fx.Node, source: fx.Node, value: Tensor) -> Tensor:
+        """The value of a node if a parameter had another one."""
+        values: dict[fx.Node, Any] = {source: value.detach().reshape(source.meta["val"].shape)}
+        result: Tensor = _evaluate(node, values, self._leaf)
+        return result
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:

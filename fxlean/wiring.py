@@ -45,6 +45,7 @@ class Weight:
         value: effective weight in its own layout, on its own device.
         transposed: whether the layout is (in, out, *size).
         origin: where zeroing a kernel takes effect; None if it cannot be zeroed.
+        scale: what to zero instead of all elements with the same scale, under a weight norm.
         columns: for a linear layer, the source number of every feature; several features of
             one channel are one kernel.
         stride, dilation: of the convolution.
@@ -55,6 +56,7 @@ class Weight:
     value: Tensor
     transposed: bool = False
     origin: Origin | None = None
+    scale: Origin | None = None
     columns: Tensor | None = None
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
