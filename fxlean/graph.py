@@ -143,12 +143,22 @@ def zero_channels(
     """
     blocked = np.zeros(graph.num_channels, dtype=bool)
     while True:
-        zero, candidate = _sweep_zero(*_rows(graph), graph.kinds, keep, blocked, redundancy)
+        zero, candidate = _sweep_zero(
+            graph.sizes,
+            graph.source_start,
+            graph.kernel_start,
+            graph.sources,
+            graph.kinds,
+            keep,
+            blocked,
+            redundancy,
+        )
         alive_groups = np.unique(graph.groups[~candidate])
         newly_blocked = np.zeros_like(blocked)
         newly_blocked[alive_groups] = True
         if not (zero & newly_blocked[graph.groups]).any():
-            return zero
+            found: NDArray[np.bool_] = zero
+            return found
         blocked = newly_blocked[graph.groups]
 
 
@@ -165,14 +175,18 @@ def used_kernels(graph: ChannelGraph, keep: NDArray[np.bool_]) -> NDArray[np.boo
     """
     while True:
         zero = zero_channels(graph, keep)
-        used = _sweep_used(*_rows(graph), graph.outputs | graph.opaque, keep, zero)
+        used: NDArray[np.bool_] = _sweep_used(
+            graph.sizes,
+            graph.source_start,
+            graph.kernel_start,
+            graph.sources,
+            graph.outputs | graph.opaque,
+            keep,
+            zero,
+        )
         if used.sum() == keep.sum():
             return used
         keep = used
-
-
-def _rows(graph: ChannelGraph) -> tuple[NDArray[np.int64], ...]:
-    return graph.sizes, graph.source_start, graph.kernel_start, graph.sources
 
 
 @numba.njit(cache=True)

@@ -109,15 +109,12 @@ def batch_norm(site: Site) -> Flow:
     flow = site.wiring.merge(site.flow(site.argument("input")), [1])
     affine = [site.argument("weight"), site.argument("bias")]
     gamma, beta = (_double(site, argument) for argument in affine)
-    names = [argument.name for argument in site.node.target._schema.arguments]  # type: ignore
-    training = "training" in names and site.argument("training")
     gamma = torch.ones(flow.shape[1], dtype=torch.float64) if gamma is None else gamma
     beta = torch.zeros_like(gamma) if beta is None else beta
-    if training:
+    mean = _double(site, site.argument("running_mean"))
+    variance = _double(site, site.argument("running_var"))
+    if site.argument("training", default=False) or mean is None or variance is None:
         return _affine(site, flow, gamma, beta, affine)
-    mean, variance = (
-        _double(site, site.argument(name)) for name in ("running_mean", "running_var")
-    )
     scale = gamma / (variance + site.argument("eps", "epsilon")).sqrt()
     return _affine(site, flow, scale, beta - mean * scale, affine, variance < LOW_VARIANCE)
 
@@ -130,7 +127,7 @@ def _affine(
     arguments: Sequence[Any],
     dead: Tensor | None = None,
 ) -> Flow:
-    """The flow after `scale * x + at_zero`, both of shape (channels,); `dead` outputs are dropped."""
+    """The flow after `scale * x + at_zero`, shape (channels,); `dead` channels are dropped."""
     shape = _channel_shape(flow.shape)
     constants = [argument for argument in arguments if argument is not None]
     masks = site.masks(constants, at_zero) if constants else None
@@ -142,8 +139,7 @@ def _affine(
     else:
         flow = make_flow(flow.ids, flow.gain * scale.abs().reshape(shape), flow.shape)
     if dead is not None and dead.any() and masks is not None:
-        where = dead.reshape(shape).expand(torch.broadcast_shapes(shape, flow.ids.shape))
-        flow = site.wiring.derive(Kind.DEAD, flow, where)
+        flow = site.wiring.derive(Kind.DEAD, flow, dead.reshape(shape))
     return site.shift(flow, at_zero.reshape(shape), masks)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -111,7 +112,8 @@ def _apply(module: nn.Module, name: str, mask: Tensor) -> None:
         return
     prune.custom_from_mask(module, name, mask.to(getattr(module, name).device))
     # A weight norm of the same parameter must find it masked when its own hook runs.
-    module._forward_pre_hooks.move_to_end(_masking_hook(module, name)[0], last=False)
+    hooks: OrderedDict[int, Any] = module._forward_pre_hooks  # type: ignore[assignment]
+    hooks.move_to_end(_masking_hook(module, name)[0], last=False)
 
 
 def _masking_hook(module: nn.Module, name: str) -> tuple[int, Any]:

@@ -6,8 +6,8 @@ the operator treats all positions alike, and the ids stay as small as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -109,7 +109,7 @@ def _move(site: Site, dims: Sequence[int] | None) -> Any:
     nodes = [node for node in site.node.all_input_nodes if _carries(site, node)]
     flows = [site.flow(node) for node in nodes]
 
-    def apply(tensors: Sequence[Tensor], number: int | None = None) -> Tensor:
+    def run(tensors: Sequence[Tensor]) -> Any:
         given = dict(zip(nodes, tensors, strict=True))
 
         def lookup(node: fx.Node) -> Any:
@@ -120,16 +120,16 @@ def _move(site: Site, dims: Sequence[int] | None) -> Any:
 
         args = fx.map_arg(site.node.args, lookup)
         kwargs = fx.map_arg(site.node.kwargs, lookup)
-        result = site.node.target(*args, **kwargs)  # type: ignore[operator]
-        return result if number is None else result[number]
+        return site.node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def part(number: int) -> Callable[[Sequence[Tensor]], Tensor]:
+        return lambda tensors: cast("Tensor", run(tensors)[number])
 
     value = site.node.meta["val"]
     if isinstance(value, Tensor):
-        return move(flows, apply, site.shape, dims)
-    return tuple(
-        move(flows, lambda tensors, number=number: apply(tensors, number), item.shape, dims)
-        for number, item in enumerate(value)
-    )
+        return move(flows, run, site.shape, dims)
+    parts = enumerate(value)
+    return tuple(move(flows, part(number), item.shape, dims) for number, item in parts)
 
 
 def _carries(site: Site, node: fx.Node) -> bool:
@@ -181,7 +181,7 @@ def strided(site: Site) -> Flow:
     def apply(tensors: Sequence[Tensor]) -> Tensor:
         (tensor,) = tensors
         laid_out = torch.empty_strided(flow.shape, strides, dtype=tensor.dtype).copy_(tensor)
-        return laid_out.as_strided(*site.node.args[1:])
+        return laid_out.as_strided(*site.node.args[1:])  # type: ignore[arg-type]
 
     return move([flow], apply, site.shape, None)
 

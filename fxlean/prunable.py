@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .channels import Wired
 from .errors import ArgumentError
 from .graph import ChannelGraph, Layer
-from .wiring import Block, Weight, Wiring
+from .wiring import Weight, Wiring
 
 COMPUTED = "its weight is computed in a way that zeroing a parameter does not zero a kernel"
 CONFLICT = "its parameter is used in two different ways"
@@ -158,12 +158,12 @@ def _identity(number: int, weight: Weight) -> tuple[Any, ...]:
 
 def _conflicts(weights: Iterable[Weight]) -> set[str]:
     """Parameters of which two different weights use the same elements."""
-    indices: defaultdict[str, list[Tensor]] = defaultdict(list)
+    uses: defaultdict[str, list[Weight]] = defaultdict(list)
     for weight in weights:
         if weight.origin is not None:
-            indices[weight.origin.parameter].append(weight)
+            uses[weight.origin.parameter].append(weight)
     conflicts = set()
-    for parameter, users in indices.items():
+    for parameter, users in uses.items():
         if len(users) > 1:
             flat = [w.origin.flat_index(w.value.shape).reshape(-1) for w in users if w.origin]
             every = torch.cat(flat).numpy()

@@ -114,8 +114,7 @@ def reduction(site: Site) -> Any:
     """A mean, sum or maximum over dimensions where the channel does not vary."""
     flow = site.flow()
     rank = len(flow.shape)
-    names = [argument.name for argument in site.node.target._schema.arguments]  # type: ignore
-    dims = site.argument("dim") if "dim" in names else None
+    dims = site.argument("dim")
     dims = [dims] if isinstance(dims, int) else dims
     reduced = {dim % rank for dim in dims} if dims else set(range(rank))
     if any(flow.varies(dim) or flow.gain.shape[dim] > 1 for dim in reduced):
@@ -172,8 +171,8 @@ def _build() -> dict[Any, Rule]:
         (movements.WHOLE, movements.whole),
     ):
         table |= dict.fromkeys(operators, rule)
-    for spatial, operators in WINDOWS.items():
-        table |= dict.fromkeys(operators, window(spatial))
+    for spatial, windows in WINDOWS.items():
+        table |= dict.fromkeys(windows, window(spatial))
     for spatial, operator in ((1, aten.avg_pool1d), (2, aten.avg_pool2d), (3, aten.avg_pool3d)):
         table[operator] = window(spatial, average_gain(spatial))
     table |= dict.fromkeys(REDUCTIONS, reduction)

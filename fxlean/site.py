@@ -53,15 +53,18 @@ class Site:
         values = value if isinstance(value, tuple | list) else [value]
         return [tuple(getattr(item, "shape", ())) for item in values]
 
-    def argument(self, *names: str) -> Any:
-        """An argument by any of its names in the operator's schema, or its default."""
+    def argument(self, *names: str, default: Any = None) -> Any:
+        """An argument by any of its names in the operator's schema; else the schema's default.
+
+        Where the schema has none of the names, `default`.
+        """
         for position, parameter in enumerate(self.node.target._schema.arguments):  # type: ignore
             if parameter.name not in names:
                 continue
             if position < len(self.node.args):
                 return self.node.args[position]
             return self.node.kwargs.get(parameter.name, parameter.default_value)
-        raise KeyError(names)
+        return default
 
     def nodes(self) -> list[fx.Node]:
         """The nodes among the arguments that carry channels, in order, with repetitions."""
@@ -156,7 +159,7 @@ class Site:
             index = origin.flat_index(tuple(argument.meta["val"].shape))
             index = index.reshape((1,) * (ids.dim() - index.dim()) + tuple(index.shape))
             if index.dim() > ids.dim() or any(
-                size not in (1, want) for size, want in zip(index.shape, ids.shape)
+                size not in (1, want) for size, want in zip(index.shape, ids.shape, strict=True)
             ):
                 return None
             found.append((origin.parameter, index))

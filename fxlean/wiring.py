@@ -176,11 +176,10 @@ class Wiring:
     def derive(self, kind: Kind, flow: Flow, where: Tensor | None = None) -> Flow:
         """New channels of a kind, one for every channel of the flow, each fed by it alone.
 
-        `where` says at which positions, shape like `flow.ids`; elsewhere the channel stays.
+        `where` says at which positions, broadcasting with `flow.ids`; elsewhere the channel stays.
         """
-        positions = torch.ones_like(flow.ids, dtype=torch.bool) if where is None else where
-        ids, gain = torch.broadcast_tensors(flow.ids, flow.gain)
-        positions = positions.expand(ids.shape)
+        where = torch.ones_like(flow.ids, dtype=torch.bool) if where is None else where
+        ids, gain, positions = torch.broadcast_tensors(flow.ids, flow.gain, where)
         old, target = distinct(ids[positions])
         new = self.add_rows(
             kind, target.numpy(), ids[positions].numpy(), gain[positions].numpy(), len(old)
@@ -301,7 +300,8 @@ class Wiring:
         links = scipy.sparse.coo_array((np.ones(len(left)), (left, right)), shape=shape)
         _, component = scipy.sparse.csgraph.connected_components(links, directed=False)
         _, first = np.unique(component, return_index=True)
-        return first[component].astype(np.int32)
+        groups: NDArray[np.int32] = first[component].astype(np.int32)
+        return groups
 
     def _append(
         self,

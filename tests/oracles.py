@@ -91,10 +91,10 @@ def reach(graph: ChannelGraph) -> Tensor:
 @contextmanager
 def changed_kernel(reading: Reading, model: nn.Module, kernel: int) -> Iterator[None]:
     """The model with one kernel doubled (or made, where it is zero)."""
-    for layer, weight in zip(reading.graph.layers, reading.prunable.weights, strict=True):
-        if layer.kernels.start <= kernel < layer.kernels.stop:
-            break
+    number = int(np.searchsorted([layer.start for layer in reading.graph.layers], kernel, "right"))
+    layer, weight = reading.graph.layers[number - 1], reading.prunable.weights[number - 1]
     row, column = divmod(kernel - layer.start, layer.columns)
+    assert weight.origin is not None
     parameter = dict(model.named_parameters())[weight.origin.parameter]
     index = weight.kernels(weight.origin.flat_index(weight.value.shape))[row, column].flatten()
     saved = parameter.data.clone()
