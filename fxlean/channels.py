@@ -27,8 +27,8 @@ class Wired:
     Attributes:
         wiring: channels, edges and the weights behind them.
         outputs: channels that leave what was traced.
-        results: channels of the model's own results; what leaves a submodule only to enter
-            another one is not among them.
+        results: channels that the model returns as they are; what leaves a submodule to be
+            processed further is not among them.
         used: parameters that the traced graphs read.
     """
 
@@ -40,13 +40,13 @@ class Wired:
 
 def wire(model: nn.Module, trace: Trace) -> Wired:
     """Walk the traced graphs of a model, in the order in which they ran."""
-    wiring = Wiring()
+    wiring = Wiring(skipped=dict(trace.left_out))
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     linked: dict[int, Flow] = {}
     leaving: list[Tensor] = []
     results: list[Tensor] = []
     used: set[str] = set()
-    entered = {id(tensor) for piece in trace.pieces for tensor in piece.inputs}
+    returned = {id(tensor) for tensor in trace.results}
     for piece in trace.pieces:
         flows = _walk(wiring, piece, tensors, linked, used)
         for number, flow in enumerate(flows):
@@ -56,7 +56,7 @@ def wire(model: nn.Module, trace: Trace) -> Wired:
             source = piece.outputs[number] if piece.outputs else None
             if source is not None:
                 linked[id(source)] = flow
-            if source is None or id(source) not in entered:
+            if source is None or id(source) in returned:
                 results.append(flow.channels())
     nothing = torch.zeros(0, dtype=torch.int64)
     return Wired(

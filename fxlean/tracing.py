@@ -7,10 +7,11 @@ pure operator. Nothing is computed: the tensors are fake.
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,12 +54,14 @@ class Trace:
     Attributes:
         pieces: one graph, or one for each submodule that could be traced.
         called: names of the modules that the forward pass calls.
+        results: the tensors that the model returned in the real run, if there was one.
         left_out: what could not be traced, and why.
     """
 
     pieces: tuple[Piece, ...]
     called: frozenset[str]
-    left_out: tuple[str, ...] = ()
+    results: tuple[object, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
@@ -193,12 +196,18 @@ def _restore(attributes: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> N
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode without gradients, and everything as before afterwards."""
+    """In eval mode without gradients, silent, and everything as before afterwards."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints whatever does not fit
+    silent = log.disabled
     with untouched(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module in model.modules():
             module.training = False
-        yield
+        log.disabled = True
+        try:
+            yield
+        finally:
+            log.disabled = silent
 
 
 def _trace(model: nn.Module, name: str, arguments: tuple[Any, ...]) -> tuple[Piece, frozenset[str]]:
@@ -259,7 +268,7 @@ def _record_calls(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Ca
 def _trace_children(model: nn.Module, calls: dict[str, _Call], failure: Exception) -> Trace:
     """The largest submodules that trace, after the model as a whole has failed to."""
     pieces: list[Piece] = []
-    left_out = [f"{type(model).__name__} as a whole does not trace: {_first_line(failure)}"]
+    left_out = {type(model).__name__: f"does not trace as a whole: {_first_line(failure)}"}
 
     def descend(name: str) -> None:
         module = model.get_submodule(name)
@@ -269,7 +278,7 @@ def _trace_children(model: nn.Module, calls: dict[str, _Call], failure: Exceptio
             try:
                 piece, _ = _trace(model, name, calls[name].arguments)
             except Exception as err:
-                left_out.append(f"{name} does not trace: {_first_line(err)}")
+                left_out[name] = f"does not trace as a whole: {_first_line(err)}"
             else:
                 inputs = _tensors(calls[name].arguments)
                 outputs = _tensors(calls[name].result)
@@ -285,7 +294,8 @@ def _trace_children(model: nn.Module, calls: dict[str, _Call], failure: Exceptio
             f"{_first_line(failure)}. Prune a submodule that is free of data-dependent Python, "
             "with example_inputs of its own."
         ) from failure
-    return Trace(tuple(pieces), frozenset(calls), tuple(left_out))
+    results = _tensors(calls[""].result) if "" in calls else ()
+    return Trace(tuple(pieces), frozenset(calls), results, left_out)
 
 
 def _tensors(tree: Any) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from .wiring import Origin
 
+VIEWS = frozenset({torch.ops.aten.view, torch.ops.aten._unsafe_view})
 MULTIPLICATIVE = frozenset({torch.ops.aten.mul, torch.ops.aten._to_copy, torch.ops.aten.clone})
 
 
@@ -66,6 +67,8 @@ class Constants:
             name, tensor = self._state[node]
             return Origin(name) if isinstance(tensor, torch.nn.Parameter) else None
         value = node.meta.get("val")
+        if self._moves(node.target) and len([n for n in node.all_input_nodes if _floats(n)]) > 1:
+            return None  # a concatenation: its elements have no common parameter
         if not isinstance(value, Tensor):
             return next((origins[arg] for arg in node.all_input_nodes if origins[arg]), None)
         for arg in node.all_input_nodes:
@@ -75,6 +78,8 @@ class Constants:
             before = tuple(arg.meta["val"].shape) if isinstance(arg.meta["val"], Tensor) else None
             if before is None and self._moves(arg.target):
                 return self._part(node, arg, origins)
+            if before == tuple(value.shape) and _packet(node.target) in MULTIPLICATIVE:
+                return origin
             if before is not None and self._moves(node.target):
                 return Origin(origin.parameter, self._move(node, arg, origin.flat_index(before)))
             if before is None or before == tuple(value.shape):
@@ -92,6 +97,8 @@ class Constants:
 
     def _move(self, node: fx.Node, moved: fx.Node, index: Tensor) -> Tensor:
         """The flat indices after a data movement, by running it on them."""
+        if _packet(node.target) in VIEWS:  # which need the strides of the data
+            return index.reshape(node.meta["val"].shape)
         moved_index: Tensor = _run(node, lambda arg: index if arg is moved else self.value(arg))
         return moved_index
 
@@ -152,6 +159,11 @@ class Constants:
         values: dict[fx.Node, Any] = {source: value.detach().reshape(source.meta["val"].shape)}
         result: Tensor = _evaluate(node, values, self._leaf)
         return result
+
+
+def _floats(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:

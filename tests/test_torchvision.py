@@ -3,6 +3,7 @@
 Models above 150 M parameters run with `FXLEAN_LARGE_MODELS=1`.
 """
 
+import inspect
 import os
 
 import pytest
@@ -49,8 +50,8 @@ def build(name):
 
 
 def backbone(builder):
-    names = builder.__wrapped__.__code__.co_varnames
-    return {"weights_backbone": None} if "weights_backbone" in names else {}
+    takes = inspect.signature(builder).parameters
+    return {"weights_backbone": None} if "weights_backbone" in takes else {}
 
 
 def inputs_of(name):
