@@ -15,7 +15,7 @@ from .graph import Kind
 from .movements import moves
 from .rules import rule_for
 from .site import Site
-from .tracing import Piece, Trace
+from .tracing import Piece, Trace, untouched
 from .weights import Constants
 from .wiring import Block, Wiring
 
@@ -48,7 +48,8 @@ def wire(model: nn.Module, trace: Trace) -> Wired:
     used: set[str] = set()
     returned = {id(tensor) for tensor in trace.results}
     for piece in trace.pieces:
-        flows = _walk(wiring, piece, tensors, linked, used)
+        with untouched(model):  # operators on constants may draw random numbers
+            flows = _walk(wiring, piece, tensors, linked, used)
         for number, flow in enumerate(flows):
             if flow is None:
                 continue

@@ -48,8 +48,13 @@ def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_flow(ids: Tensor, gain: Tensor, shape: Sequence[int]) -> Flow:
-    """A flow with ids and gain compressed, and with leading dimensions added as needed."""
+    """A flow with ids and gain compressed, and with leading dimensions added as needed.
+
+    A value without elements is given channel 0, which is always zero.
+    """
     rank = len(shape)
+    if 0 in shape:
+        return Flow(torch.zeros((1,) * rank, dtype=torch.int64), scalar_gain(rank), tuple(shape))
     return Flow(_compress(_to_rank(ids, rank)), _compress(_to_rank(gain, rank)), tuple(shape))
 
 
@@ -123,28 +128,23 @@ def reshape(flow: Flow, shape: Sequence[int]) -> Flow:
 
 def _aligned(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Runs of dimensions with equal products: (1, 6, 4) to (1, 2, 3, 4) is 1|1, 6|2 3, 4|4."""
+    if 0 in old:
+        return [(list(range(len(old))), list(range(len(new))))]
     runs = []
     i = j = 0
-    while i < len(old) or j < len(new):
-        left, right = [], []
-        size_left = size_right = 1
-        while True:
-            if size_left <= size_right and i < len(old):
-                size_left *= old[i]
-                left.append(i)
+    while i < len(old) and j < len(new):
+        first, second = i, j
+        size, other = old[i], new[j]
+        while size != other:
+            if size < other:
                 i += 1
-            elif j < len(new):
-                size_right *= new[j]
-                right.append(j)
-                j += 1
+                size *= old[i]
             else:
-                break
-            if size_left == size_right and right and left:
-                break
-            if i == len(old) and j == len(new):
-                break
-        runs.append((left, right))
-    return runs
+                j += 1
+                other *= new[j]
+        i, j = i + 1, j + 1
+        runs.append((list(range(first, i)), list(range(second, j))))
+    return [*runs, (list(range(i, len(old))), list(range(j, len(new))))]
 
 
 def reduce_to(tensor: Tensor, like: Tensor, combine: Callable[..., Tensor]) -> Tensor:

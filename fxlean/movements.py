@@ -189,3 +189,8 @@ def strided(site: Site) -> Flow:
 def filled(site: Site) -> Flow:
     """A new constant of the shape of a flow, such as `zeros_like`."""
     return constant_flow(site.run(lambda node: torch.zeros(node.meta["val"].shape)))
+
+
+def unknown(site: Site) -> Flow:
+    """A new constant of unknown value: memory that is not set yet, or random numbers."""
+    return constant_flow(torch.ones(site.shape))

@@ -17,7 +17,7 @@ from .errors import ArgumentError
 from .graph import ChannelGraph, Layer
 from .wiring import Weight, Wiring
 
-COMPUTED = "its weight is computed in a way that zeroing a parameter does not zero a kernel"
+COMPUTED = "its weight is a buffer, or computed so that zeroing a parameter zeroes no kernel"
 CONFLICT = "its parameter is used in two different ways"
 IGNORED = "ignored"
 OUTPUT = "produces the model's output (prune_outputs=True includes it)"

@@ -7,6 +7,7 @@ and it is reported.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,7 @@ def window(spatial: int, gain: Callable[[Site], float] | None = None) -> Rule:
     """Pooling, padding or resampling over the last `spatial` dimensions."""
 
     def rule(site: Site) -> Any:
+        """Pooling, padding or resampling: the channel stays, and so does a dead one."""
         flow = site.flow()
         rank = len(flow.shape)
         flow = site.wiring.merge(flow, range(rank - spatial))
@@ -111,15 +113,14 @@ def average_gain(spatial: int) -> Callable[[Site], float]:
 
 
 def reduction(site: Site) -> Any:
-    """A mean, sum or maximum over dimensions where the channel does not vary."""
+    """A mean, sum or maximum over dimensions; channels that differ along them are merged."""
     flow = site.flow()
     rank = len(flow.shape)
     dims = site.argument("dim")
     dims = [dims] if isinstance(dims, int) else dims
     reduced = {dim % rank for dim in dims} if dims else set(range(rank))
-    if any(flow.varies(dim) or flow.gain.shape[dim] > 1 for dim in reduced):
-        return site.opaque()
     left = [dim for dim in range(rank) if dim not in reduced]
+    flow = site.wiring.merge(flow, left)
     results = []
     at_zero = site.run(lambda node: torch.zeros((2,) * rank))
     several = isinstance(at_zero, tuple | list)
@@ -157,7 +158,12 @@ def unpool(site: Site) -> Flow:
 
 def first(rule: Rule) -> Rule:
     """A rule for an operator with several results of which only the first is data."""
-    return lambda site: (rule(site), *[None] * (len(site.shapes()) - 1))
+
+    @functools.wraps(rule)
+    def only(site: Site) -> Any:
+        return rule(site), *[None] * (len(site.shapes()) - 1)
+
+    return only
 
 
 def _build() -> dict[Any, Rule]:
@@ -187,7 +193,7 @@ def _build() -> dict[Any, Rule]:
         aten.constant_pad_nd: movements.pad,
         aten.convolution: layers.convolution,
         aten.copy: movements.copy,
-        aten.empty_like: movements.filled,
+        aten.empty_like: movements.unknown,
         aten.fill: movements.filled,
         aten.full_like: movements.filled,
         aten.glu: gated_half,
@@ -195,10 +201,14 @@ def _build() -> dict[Any, Rule]:
         aten.mm: layers.linear,
         aten.native_group_norm: first(layers.group_norm),
         aten.native_layer_norm: first(layers.layer_norm),
+        aten.new_empty: movements.unknown,
+        aten.new_empty_strided: movements.unknown,
         aten.new_full: movements.filled,
         aten.new_ones: movements.filled,
         aten.new_zeros: movements.filled,
         aten.ones_like: movements.filled,
+        aten.rand_like: movements.unknown,
+        aten.randn_like: movements.unknown,
         aten.zeros_like: movements.filled,
     }
 
@@ -242,6 +252,8 @@ REDUCTIONS = (
     aten.amax,
     aten.amin,
     aten.any,
+    aten.argmax,
+    aten.argmin,
     aten.linalg_vector_norm,
     aten.logsumexp,
     aten.max,

@@ -141,9 +141,10 @@ class Site:
         if live.any():
             gain = flow.gain.expand(torch.broadcast_shapes(flow.gain.shape, shape))
             flow = self.wiring.derive(Kind.LIVE, make_flow(ids, gain, flow.shape), live)
-        usable = (ids != ZERO) & (ids != CONSTANT)
         for parameter, index in masks or []:
-            self.wiring.attach(parameter, index.expand(shape)[usable], ids[usable])
+            index, channels = torch.broadcast_tensors(index, ids)
+            usable = (channels != ZERO) & (channels != CONSTANT)
+            self.wiring.attach(parameter, index[usable], channels[usable])
         return flow
 
     def masks(self, arguments: Sequence[Any], ids: Tensor) -> Masks | None:

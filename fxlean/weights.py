@@ -67,8 +67,6 @@ class Constants:
             name, tensor = self._state[node]
             return Origin(name) if isinstance(tensor, torch.nn.Parameter) else None
         value = node.meta.get("val")
-        if self._moves(node.target) and len([n for n in node.all_input_nodes if _floats(n)]) > 1:
-            return None  # a concatenation: its elements have no common parameter
         if not isinstance(value, Tensor):
             return next((origins[arg] for arg in node.all_input_nodes if origins[arg]), None)
         for arg in node.all_input_nodes:
@@ -81,7 +79,9 @@ class Constants:
             if before == tuple(value.shape) and _packet(node.target) in MULTIPLICATIVE:
                 return origin
             if before is not None and self._moves(node.target):
-                return Origin(origin.parameter, self._move(node, arg, origin.flat_index(before)))
+                index = self._move(node, arg, origin.flat_index(before))
+                # Data of another origin, concatenated with the indices, makes them floats.
+                return None if index.is_floating_point() else Origin(origin.parameter, index)
             if before is None or before == tuple(value.shape):
                 return origin
         return None
@@ -159,11 +159,6 @@ class Constants:
         values: dict[fx.Node, Any] = {source: value.detach().reshape(source.meta["val"].shape)}
         result: Tensor = _evaluate(node, values, self._leaf)
         return result
-
-
-def _floats(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _ancestors(node: fx.Node) -> list[fx.Node]:
