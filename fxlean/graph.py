@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 
 class Kind(IntEnum):
@@ -117,6 +120,8 @@ class ChannelGraph:
 
     def adjacency(self) -> scipy.sparse.csr_array:
         """Lengths as a sparse matrix, entry [source, target]; the longest of parallel edges."""
+        import scipy.sparse  # here, because it takes a third of the time to import fxlean
+
         sources, targets, lengths = self.edges()
         order = np.lexsort((lengths, targets, sources))
         sources, targets, lengths = sources[order], targets[order], lengths[order]

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -287,6 +285,8 @@ class Wiring:
 
     def _groups(self) -> NDArray[np.int32]:
         """Channels that share a constant, connected components numbered by their first channel."""
+        import scipy.sparse.csgraph  # here, because it takes a third of the time to import fxlean
+
         pairs = []
         for parameter in {name for name, _, _ in self.constants}:
             parts = [(index, ids) for name, index, ids in self.constants if name == parameter]
