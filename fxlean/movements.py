@@ -48,15 +48,19 @@ ALONG = frozenset(
         aten.unfold,
     }
 )
-INDEXED = frozenset({aten.index, aten.index_select, aten._unsafe_index, aten.index_put})
+INDEXED = frozenset(
+    {aten.gather, aten.index, aten.index_put, aten.index_select, aten._unsafe_index}
+)
 WHOLE = frozenset(
     {
         aten.channel_shuffle,
         aten.diagonal,
+        aten.native_channel_shuffle,
         aten.pixel_shuffle,
         aten.pixel_unshuffle,
         aten.repeat,
         aten.roll,
+        aten.rot90,
         aten.select_scatter,
         aten.tril,
         aten.triu,

@@ -104,7 +104,8 @@ def resolve_ignored(model: nn.Module, ignore: Any) -> frozenset[str]:
     Raises:
         ArgumentError: an entry is of another type, or matches nothing.
     """
-    entries = [ignore] if isinstance(ignore, str | nn.Module | type) else list(ignore)
+    several = isinstance(ignore, Iterable) and not isinstance(ignore, str | nn.Module | type)
+    entries = list(ignore) if several else [ignore]
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     ignored: set[int] = set()

@@ -22,7 +22,7 @@ from .lengths import fill_lengths
 from .masks import apply_masks, parameter_masks
 from .norms import ORDERS
 from .prunable import Prunable, find_prunable, resolve_ignored
-from .report import LayerCount, PruneResult
+from .report import LayerCount, PruneResult, times
 from .tracing import Trace, trace_model
 
 STAGES = ("trace", "norms", "select", "masks")
@@ -246,14 +246,21 @@ def _generator(method: str) -> np.random.Generator:
 
 def _warn(result: PruneResult) -> None:
     if result.opaque_ops:
-        ops = ", ".join(f"{op} ({count} times)" for op, count in result.opaque_ops.items())
+        ops = ", ".join(f"{op} ({times(count)})" for op, count in result.opaque_ops.items())
         warnings.warn(
             f"no rule for {ops}: treated as reading and writing every channel, so nothing before "
             "them counts as redundant. The masks are right; fxlean.register adds a rule.",
             PruneWarning,
             stacklevel=3,
         )
-    if result.kept == 0:
+    if result.selected == 0:
+        warnings.warn(
+            f"the ratio leaves none of the {result.total} kernels, so the output is constant. "
+            "Keep more.",
+            PruneWarning,
+            stacklevel=3,
+        )
+    elif result.kept == 0:
         warnings.warn(
             f"the {result.selected} kernels that {result.method} selected connect no input to an "
             "output, so all of them were redundant and the output is constant. Keep more, prune "

@@ -62,7 +62,9 @@ class PruneResult:
         lines.append("")
         lines.append(self._summary())
         for op, count in self.opaque_ops.items():
-            lines.append(f"opaque: {op} ({count} times), treated as reading and writing everything")
+            lines.append(
+                f"opaque: {op} ({times(count)}), treated as reading and writing everything"
+            )
         lines += [f"skipped: {name}: {reason}" for name, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -78,3 +80,8 @@ class PruneResult:
 
 def _row(name: str, kept: int, total: int, width: int) -> str:
     return f"{name:<{width}}  {kept:>10,}  {total:>10,}  {kept / total:>7.2%}"
+
+
+def times(count: int) -> str:
+    """How often, in words: "once" or "3 times"."""
+    return "once" if count == 1 else f"{count} times"

@@ -8,15 +8,17 @@ and it is reported.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from . import layers, movements
 from .errors import ArgumentError
-from .flows import Flow, make_flow, reduce_to
+from .flows import Flow, make_flow, reduce_to, reshape, scalar_gain
 from .graph import Kind
 from .norms import operator_norms
 from .site import Site
@@ -42,9 +44,9 @@ def unary(site: Site) -> Flow:
     flow, (node,) = site.flow(), site.nodes()
     flow = make_flow(flow.ids, flow.gain, site.shape)
     size = site.flow().ids.shape
-    at_zero = site.run(lambda _: torch.zeros(size)).double().cpu()
+    at_zero = _numbers(site.run(lambda _: torch.zeros(size)))
     if site.packet in LINEAR:
-        slope = site.run(lambda _: torch.ones(size)).double().cpu() - at_zero
+        slope = _numbers(site.run(lambda _: torch.ones(size))) - at_zero
         slope = reduce_to(slope.abs(), flow.ids, torch.amax)
         flow = make_flow(flow.ids, flow.gain * slope, site.shape)
     constants = [arg for arg in site.node.all_input_nodes if arg is not node]
@@ -55,9 +57,8 @@ def joined(site: Site) -> Flow:
     """A function of several flows: a sum, a product, or neither, as it treats zeros."""
     nodes = list(dict.fromkeys(site.nodes()))
     flows = [site.flow(node) for node in nodes]
-    at_zero = _sample(site, dict.fromkeys(nodes, 0.0))
-    ordinary = {node: 2.0 + 0.37 * number for number, node in enumerate(nodes)}
-    factors = [not _sample(site, {**ordinary, node: 0.0}).any() for node in nodes]
+    at_zero = _sample(site, dict.fromkeys(nodes, 0.0)).nan_to_num(1.0)
+    factors = [_is_factor(site, node, nodes) for node in nodes]
     if any(factors) and len(nodes) > 1:
         flows = [
             flow if factor else site.wiring.derive(Kind.LIVE, flow)
@@ -77,10 +78,27 @@ def joined(site: Site) -> Flow:
     return site.wiring.join(kind, flows, site.shape)
 
 
+def _is_factor(site: Site, factor: fx.Node, nodes: Sequence[fx.Node]) -> bool:
+    """Whether the result is zero, or zero divided by zero, where one flow is."""
+    choices = [
+        (0.0,) if node is factor else (0.0, 2.0 + number, -2.0 - number)
+        for number, node in enumerate(nodes)
+    ]
+    return not any(
+        _sample(site, dict(zip(nodes, values, strict=True))).nan_to_num(0.0).any()
+        for values in itertools.product(*choices)
+    )
+
+
 def _sample(site: Site, values: dict[fx.Node, float]) -> Tensor:
-    """The operator's result for one number in place of each flow; NaN counts as not zero."""
-    result = site.run(lambda node: torch.tensor(values[node]))
-    return torch.as_tensor(result).double().cpu().nan_to_num(1.0)
+    """The operator's result for one number in place of each flow."""
+    return _numbers(site.run(lambda node: torch.tensor(values[node])))
+
+
+def _numbers(result: Any) -> Tensor:
+    """A result, or the first of several, as float64 on the CPU; complex ones by magnitude."""
+    tensor = torch.as_tensor(result[0] if isinstance(result, tuple | list) else result).cpu()
+    return (tensor.abs() if tensor.is_complex() else tensor).double()
 
 
 def window(spatial: int, gain: Callable[[Site], float] | None = None) -> Rule:
@@ -92,9 +110,7 @@ def window(spatial: int, gain: Callable[[Site], float] | None = None) -> Rule:
         rank = len(flow.shape)
         flow = site.wiring.merge(flow, range(rank - spatial))
         scale = flow.gain * (gain(site) if gain else 1.0)
-        results = [make_flow(flow.ids, scale, shape) for shape in site.shapes()]
-        several = isinstance(site.node.meta["val"], tuple | list)
-        return tuple(results) if several else results[0]
+        return _results(site, [make_flow(flow.ids, scale, shape) for shape in site.shapes()])
 
     return rule
 
@@ -133,7 +149,7 @@ def reduction(site: Site) -> Any:
             result = make_flow(ids, gain, shape)
         zero = torch.zeros if not value.any() else torch.ones
         results.append(site.shift(result, zero((1,) * len(shape)), None))
-    return tuple(results) if several else results[0]
+    return _results(site, results)
 
 
 def gated_half(site: Site) -> Flow:
@@ -154,6 +170,64 @@ def unpool(site: Site) -> Flow:
     flow = site.wiring.merge(flow, spatial)
     live = site.wiring.derive(Kind.LIVE, site.wiring.merge(indices, spatial))
     return site.wiring.join(Kind.PRODUCT, [flow, live], site.shape)
+
+
+def mixed(site: Site) -> Any:
+    """Sorting or adding up along a dimension: every result there may depend on every position."""
+    flow, dim = site.flow(), site.argument("dim")
+    rank = len(flow.shape)
+    flow = site.wiring.merge(flow, [other for other in range(rank) if other != dim % rank])
+    return _results(site, [make_flow(flow.ids, flow.gain, shape) for shape in site.shapes()])
+
+
+def _results(site: Site, flows: Sequence[Flow]) -> Any:
+    """One flow, or several; the integers among several are places, and never dead."""
+    value = site.node.meta["val"]
+    if isinstance(value, Tensor):
+        return flows[0]
+    read = {user.args[1] for user in site.node.users}
+    return tuple(
+        site.wiring.derive(Kind.LIVE, flow)
+        if number in read and not item.is_floating_point()
+        else flow
+        for number, (flow, item) in enumerate(zip(flows, value, strict=True))
+    )
+
+
+def sampled(site: Site) -> Flow:
+    """`grid_sample`: zero where its input is, taken at places that are never dead."""
+    flow = site.wiring.merge(site.flow(site.argument("input")), [0, 1])
+    grid = site.wiring.merge(site.flow(site.argument("grid")), [])
+    grid = make_flow(grid.ids, grid.gain, (1,) * len(site.shape))
+    return site.wiring.join(Kind.PRODUCT, [flow, site.wiring.derive(Kind.LIVE, grid)], site.shape)
+
+
+def embedding(site: Site) -> Flow:
+    """Rows of a table, picked by what is in a flow: one live channel for each column."""
+    sources = site.flow(site.argument("indices")).channels().numpy()
+    count = site.shape[-1]
+    targets = np.arange(count).repeat(len(sources))
+    lengths = np.ones(len(targets))
+    ids = site.wiring.add_rows(Kind.LIVE, targets, np.tile(sources, count), lengths, count)
+    return make_flow(ids, scalar_gain(1), site.shape)
+
+
+def unfolded(site: Site) -> Flow:
+    """`unfold`: the patches of an image, laid out along the channel dimension."""
+    flow = site.flow()
+    flow = site.wiring.merge(flow, range(len(flow.shape) - 2))
+    size = site.shape[-2] // flow.shape[-3]
+    ids, gain = (t.squeeze(-1).repeat_interleave(size, -2) for t in (flow.ids, flow.gain))
+    return make_flow(ids, gain, site.shape)
+
+
+def folded(site: Site) -> Flow:
+    """`fold`: patches, laid out along the channel dimension, added up to an image."""
+    flow, channels = site.flow(), site.shape[-3]
+    shape = flow.shape[:-2]
+    flow = reshape(flow, (*shape, channels, flow.shape[-2] // channels, flow.shape[-1]))
+    flow = site.wiring.merge(flow, range(len(shape) + 1))
+    return make_flow(flow.ids, flow.gain, site.shape)
 
 
 def first(rule: Rule) -> Rule:
@@ -190,13 +264,23 @@ def _build() -> dict[Any, Rule]:
         aten.addmm: layers.linear,
         aten.as_strided: movements.strided,
         aten.as_strided_: movements.strided,
+        aten.col2im: folded,
         aten.constant_pad_nd: movements.pad,
         aten.convolution: layers.convolution,
         aten.copy: movements.copy,
+        aten.cummax: mixed,
+        aten.cummin: mixed,
+        aten.cumprod: mixed,
+        aten.cumsum: mixed,
+        aten.embedding: embedding,
         aten.empty_like: movements.unknown,
         aten.fill: movements.filled,
         aten.full_like: movements.filled,
         aten.glu: gated_half,
+        aten.grid_sampler_2d: sampled,
+        aten.grid_sampler_3d: sampled,
+        aten.im2col: unfolded,
+        aten.log_sigmoid_forward: first(pointwise),
         aten.max_unpool2d: unpool,
         aten.mm: layers.linear,
         aten.native_group_norm: first(layers.group_norm),
@@ -209,6 +293,9 @@ def _build() -> dict[Any, Rule]:
         aten.ones_like: movements.filled,
         aten.rand_like: movements.unknown,
         aten.randn_like: movements.unknown,
+        aten.rrelu_with_noise_functional: first(pointwise),
+        aten.sort: mixed,
+        aten.topk: mixed,
         aten.zeros_like: movements.filled,
     }
 
@@ -226,6 +313,7 @@ WINDOWS = {
     2: (
         aten._adaptive_avg_pool2d,
         aten.adaptive_max_pool2d,
+        aten.fractional_max_pool2d,
         aten.max_pool2d_with_indices,
         aten.reflection_pad2d,
         aten.replication_pad2d,
@@ -251,6 +339,7 @@ REDUCTIONS = (
     aten.all,
     aten.amax,
     aten.amin,
+    aten.aminmax,
     aten.any,
     aten.argmax,
     aten.argmin,
@@ -258,7 +347,9 @@ REDUCTIONS = (
     aten.logsumexp,
     aten.max,
     aten.mean,
+    aten.median,
     aten.min,
+    aten.nansum,
     aten.prod,
     aten.std,
     aten.sum,
@@ -268,7 +359,6 @@ REDUCTIONS = (
 POINTWISE = (  # that torch does not tag as such
     aten._prelu_kernel,
     aten.hardswish,
-    aten.rrelu_with_noise,
 )
 RULES: dict[Any, Rule] = _build()
 

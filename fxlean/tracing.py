@@ -232,11 +232,26 @@ def _trace(model: nn.Module, name: str, arguments: tuple[Any, ...]) -> tuple[Pie
     with _evaluating(model):
         for path, child in model.named_modules():
             child.register_forward_pre_hook(lambda *_, path=path: called.add(path))
-        pure = torch.func.functionalize(run)
-        traced = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)
-        graph = traced(list(state.values()), tensors)
+        graph = _pure(run, list(state.values()), tensors)
+        if any(_writes(node.target) for node in graph.graph.nodes):
+            # Some composite operators, such as circular padding, come apart too late.
+            graph = _pure(torch.fx.Interpreter(graph).run, *state.values(), *tensors)
     prefix = f"{name}." if name else ""
     return Piece(name, graph, tuple(prefix + key for key in state)), frozenset(called)
+
+
+def _pure(function: Callable[..., Any], *arguments: Any) -> torch.fx.GraphModule:
+    """A function as a graph of ATen operators, without in-place writes."""
+    pure = torch.func.functionalize(function)
+    traced = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)
+    graph: torch.fx.GraphModule = traced(*arguments)
+    graph.graph.eliminate_dead_code()
+    return graph
+
+
+def _writes(target: Any) -> bool:
+    """Whether an operator writes into its arguments."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 @dataclass(frozen=True)

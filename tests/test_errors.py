@@ -47,9 +47,14 @@ def with_weight(value):
         ({"ratio": True}, r"ratio is True\. "),
         ({"method": "lan"}, r"method is 'lan'\. Pass one of lean, path, spectral, l1, random"),
         ({"norm": "l7"}, r"norm is 'l7'\. Pass one of spectral, frobenius, nuclear, l1"),
-        ({"ignore": ["stem", "*.nope"]}, r"match nothing in .*'stem', '\*\.nope'\. .*named_modules"),
+        (
+            {"ignore": ["stem", "*.nope"]},
+            r"match nothing in .*'stem', '\*\.nope'\. .*named_modules",
+        ),
         ({"ignore": nn.Linear(1, 1)}, r"match nothing"),
         ({"ignore": nn.Conv3d}, r"match nothing"),
+        ({"ignore": 5}, r"match nothing in Sequential: 5\. Pass names"),
+        ({"ignore": [None]}, r"match nothing in Sequential: None\. "),
         ({"example_inputs": "image"}, r"example_inputs holds no tensor but str\. Pass a tensor"),
         (
             {"example_inputs": torch.zeros(1, 7, 8, 8)},
@@ -104,7 +109,9 @@ def test_no_size_fits():
         def forward(self, x):
             raise RuntimeError("only 7 pixels")
 
-    with pytest.raises(fxlean.TraceError, match=r"none of the inputs tried .*64.*only 7 pixels.*Pas"):
+    with pytest.raises(
+        fxlean.TraceError, match=r"none of the inputs tried .*64.*only 7 pixels.*Pas"
+    ):
         fxlean.prune(Picky(3, 4, 3), 0.5)
 
 
@@ -138,3 +145,17 @@ def test_a_failure_while_masking_leaves_the_model_as_it_was(monkeypatch):
         fxlean.prune(model, 0.3, inputs)
     assert len(calls) == 3
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "message"),
+    [
+        (1e-9, r"the ratio leaves none of the 100 kernels, so the output is constant\. Keep more"),
+        (0.02, r"2 kernels that random selected connect no input to an output.*fxlean\.iterate"),
+    ],
+)
+def test_a_model_of_which_nothing_is_left(ratio, message):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Conv2d(5, 5, 1) for _ in range(5)])
+    with pytest.warns(fxlean.PruneWarning, match=message):
+        fxlean.prune(model, ratio, torch.zeros(1, 5, 4, 4), method="random")

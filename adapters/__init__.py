@@ -1,0 +1,1 @@
+"""Channel graphs written by hand, to check the automatic ones against; fxlean never reads them."""
