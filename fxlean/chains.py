@@ -1,7 +1,7 @@
 """Longest-chain extraction (LEAN): which kernels lie on the longest chains of a graph.
 
 A chain is a path of edges, its length is the product of the edge lengths, and it starts with a
-prunable edge. For every channel `v`, with `best(u)` existing or not,
+prunable edge. For every channel `v`, where `best(u)` may or may not exist,
 
     best(v) = max( over live prunable edges (u, v, w):  max(1, best(u)) * w,
                    over live fixed edges    (u, v, w):  best(u) * w  where best(u) exists )
@@ -10,14 +10,19 @@ prunable edge. For every channel `v`, with `best(u)` existing or not,
 
 `longest_chains` takes the largest `best` again and again, and extracts the kernels behind it.
 
-The exact values are found lazily. Values only ever fall, so a value computed earlier is an upper
-bound. A heap over channels holds such bounds, and only the chain behind the top of the heap is
-checked: from its start to its end, every channel whose strongest edge was extracted, or whose
-strongest source has fallen, is evaluated again. When nothing on the chain had to be, it is the
-longest one. Everything else stays stale until it reaches the top, which is seldom.
+Values only ever fall, so whatever was computed earlier is an upper bound, and the search is lazy
+on three levels:
 
-Lengths are added as base-2 logarithms in float64: no product can overflow, and a product that is
-exactly 1 (its factors are powers of two) is exactly 0.
+- A heap over channels holds upper bounds. Only the chain behind its top is brought up to date,
+  from its start to its end. When nothing on it had to be, it is the longest chain.
+- A channel whose source has fallen keeps its edge unless its value falls below an upper bound of
+  what any other edge gives. Only then is its row (the edges into it) looked at.
+- The longest edges of a row are kept sorted: its head. Looking stops where a length times the
+  largest value of any source cannot win, and all edges are compared only when the head cannot
+  decide.
+
+Lengths are base-2 logarithms in float64: no product overflows, and a product of exactly 1 (its
+factors are powers of two) is exactly 0.
 """
 
 from __future__ import annotations
@@ -30,11 +35,35 @@ from numpy.typing import NDArray
 
 from .graph import ChannelGraph
 
-# Edges compared at a time: long enough for vector instructions, short enough that finding the
-# first edge of the maximum within one block costs nothing.
-_BLOCK = 64
-
 _NONE = -np.inf  # the logarithm of a length that does not exist
+_BELOW = -1e-300  # just below 0: whatever exceeds it is a product of at least 1
+_SLACK = 0.25  # how much farther than needed today a head reaches, in log2
+
+# What is known of a channel and of its row, what is used most first. The value of a channel, the
+# logarithm of best(v), stands in an array of its own; it is an upper bound until found exact.
+_CHANNEL = np.dtype(
+    [
+        ("epoch", np.int32),  # number of chains extracted when last found exact
+        ("prunable", np.int32),  # 1 or 0
+        ("edge", np.int32),  # the strongest edge, -1 where there is none
+        ("source", np.int32),  # the channel where it starts
+        ("step", np.float64),  # the logarithm of its length
+        ("held", np.float64),  # the value of its source when the row was evaluated
+        ("second", np.float64),  # upper bound of what any other edge gives
+        ("kernel_start", np.int64),
+        ("source_start", np.int64),
+        ("head_start", np.int64),
+        ("head_size", np.int32),
+        ("group", np.int32),  # consecutive rows with the same sources have one number
+        ("cutoff", np.float64),  # every edge of at least this logarithm is in the head
+        ("size", np.int32),
+        ("room", np.int32),
+        ("length_start", np.int64),
+        ("may_end", np.int64),  # 1 or 0
+    ]
+)
+_ENTRY = np.dtype([("key", np.float64), ("id", np.int32)])
+_GROUP = np.dtype([("leader", np.int64), ("largest", np.float64)])  # largest value of its sources
 
 
 def longest_chains(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_], int]:
@@ -60,11 +89,15 @@ def longest_chains(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_],
     if budget >= np.count_nonzero(graph.alive):
         return graph.alive.copy(), 0
     taken = ~graph.alive
-    may_end = ~(graph.outputs & (graph.kernel_start < 0))
     chains = 0
     if budget > 0:
-        chains = int(
-            _extract(graph.sizes, graph.source_start, graph.length_start, graph.kernel_start,        graph.sources.view(np.uint32), graph.lengths, graph.lengths.view(np.int32), may_end, taken, budget)
+        chains = _extract(
+            _records(graph),
+            graph.sources.view(np.uint32),
+            graph.lengths,
+            graph.lengths.view(np.int32),
+            taken,
+            budget,
         )
     keep = taken & graph.alive
     fill_largest(keep, graph.alive, kernel_scores(graph), budget)
@@ -74,9 +107,7 @@ def longest_chains(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_],
 def kernel_scores(graph: ChannelGraph) -> NDArray[np.float32]:
     """Largest length over all edges of each kernel, shape (k,); 0 where it has no edge."""
     scores = np.zeros(graph.num_kernels, dtype=np.float32)
-    _maximum_lengths(
-        graph.sizes, graph.length_start, graph.kernel_start, graph.lengths, scores
-    )
+    _maximum_lengths(graph.sizes, graph.length_start, graph.kernel_start, graph.lengths, scores)
     return scores
 
 
@@ -106,6 +137,24 @@ def fill_largest(
     keep[equal[: missing - int(np.count_nonzero(above))]] = True
 
 
+def _records(graph: ChannelGraph) -> NDArray[np.void]:
+    """A `_CHANNEL` record for each channel, nothing evaluated yet."""
+    channels = np.zeros(graph.num_channels, dtype=_CHANNEL)
+    channels["size"] = graph.sizes
+    channels["source_start"] = graph.source_start
+    channels["length_start"] = graph.length_start
+    channels["kernel_start"] = graph.kernel_start
+    channels["prunable"] = graph.kernel_start >= 0
+    channels["may_end"] = ~graph.outputs | (graph.kernel_start >= 0)
+    channels["edge"] = channels["epoch"] = -1
+    channels["cutoff"] = np.inf
+    changes = np.zeros(graph.num_channels, dtype=bool)
+    for name in ("size", "source_start", "prunable"):
+        changes[1:] |= channels[name][1:] != channels[name][:-1]
+    channels["group"] = np.cumsum(changes)
+    return channels
+
+
 @numba.njit(cache=True, inline="always")
 def log2_ceiling(bits):
     """Upper bound of the logarithm of a float32 length, given its bits; 0.0861 too much at most.
@@ -127,189 +176,205 @@ def _maximum_lengths(sizes, length_start, kernel_start, lengths, scores):
                     scores[start + j] = lengths[first + j]
 
 
-_SMALL = 16
-_JUST_BELOW = -1e-300
-
-
 @numba.njit(cache=True)
-def _scan_row(sources, lengths, bits, kernel, taken, values):
-    """All edges"""
-    most, edge = _JUST_BELOW, -1
-    for j in range(len(sources)):
-        value = values[sources[j]]
-        if log2_ceiling(bits[j]) + value > most:
-            if lengths[j] > 0 and not (kernel >= 0 and taken[kernel + j]):
-                x = log2(np.float64(lengths[j])) + value
-                if x > most:
-                    most, edge = x, j
-    return most, edge
-
-
-@numba.njit(cache=True)
-def _scan_head(logs, edges, sources, kernel, taken, values):
-    """All edges"""
-    while True:
-        most, place = _JUST_BELOW, -1
-        for i in range(len(logs)):
-            value = logs[i] + values[sources[edges[i]]]
-            if value > most:
-                most, place = value, i
-        if place < 0:
-            return most, -1
-        j = edges[place]
-        if kernel < 0 or not taken[kernel + j]:
-            return most, j
-        logs[place] = _NONE
-
-
-@numba.njit(cache=True)
-def _build_head(lengths, bits, kernel, taken, logs, edges, cutoff):
-    """All edges"""
+def _extract(channels, sources, lengths, bits, taken, budget):
+    """Extract longest chains until `budget` kernels are taken; returns how many chains."""
+    n = len(channels)
+    # What an edge multiplies: row 0 for fixed edges, row 1 (at least 0) for prunable ones.
+    values = np.empty((2, n))
+    values[0], values[1] = _NONE, 0.0
+    ends = np.empty(n, dtype=_ENTRY)
     count = 0
-    for j in range(len(bits)):
-        if log2_ceiling(bits[j]) >= cutoff and lengths[j] > 0 and not (kernel >= 0 and taken[kernel + j]):
-            if count == len(logs):
-                return -1
-            logs[count] = log2(np.float64(lengths[j]))
-            edges[count] = j
+    for v in range(n):
+        _compare_row(channels[v], v, values, sources, lengths, bits, taken)
+        if values[0, v] >= 0 and channels[v].may_end == 1:
+            ends[count].key, ends[count].id = values[0, v], v
             count += 1
+    for place in range(count // 2 - 1, -1, -1):
+        _sift_down(ends, 0, count, place)
+    groups = np.empty(n, dtype=_GROUP)
+    for g in range(n):
+        groups[g].leader, groups[g].largest = 0, np.inf
+    heads = np.empty(channels["size"].sum(), dtype=_ENTRY)
+    used = 0  # entries of `heads` in use
+    path = np.empty(n, dtype=np.int32)
+    chains = found = 0
+    while count > 0 and found < budget:
+        v = ends[0].id
+        if ends[0].key > values[0, v]:
+            ends[0].key = values[0, v]
+            if values[0, v] < 0:
+                count -= 1
+                ends[0].key, ends[0].id = ends[count].key, ends[count].id
+            _sift_down(ends, 0, count, 0)
+        elif channels[v].epoch == chains:
+            found += _take(channels, v, values, taken)
+            chains += 1
+        else:
+            v = _refresh(channels, v, values, sources, taken, groups, heads, chains, path)
+            if v >= 0 and not _lower_bound(channels[v], values, sources, groups):
+                c = channels[v]
+                _compare_row(c, v, values, sources, lengths, bits, taken)
+                if values[0, v] >= 0:
+                    largest = groups[c.group].largest
+                    c.cutoff = max(values[0, v] - _SLACK, 0.0) - largest
+                    used = _sort_head(c, lengths, bits, taken, heads, used)
+    return chains
+
+
+@numba.njit(cache=True)
+def _take(channels, v, values, taken):
+    """Take the kernels of the chain that ends at channel v; returns how many."""
+    count = 0
+    while values[0, v] >= 0:
+        c = channels[v]
+        if c.prunable == 1 and not taken[c.kernel_start + c.edge]:
+            taken[c.kernel_start + c.edge] = True
+            count += 1
+        v = c.source
     return count
 
 
 @numba.njit(cache=True)
-def _sift_down(keys, ids, count):
-    """Move the first entry of a heap down to its place: larger keys, then smaller ids first."""
-    key, name = keys[0], ids[0]
-    place = 0
-    while 2 * place + 1 < count:
-        c = 2 * place + 1
-        if c + 1 < count and (
-            keys[c + 1] > keys[c] or (keys[c + 1] == keys[c] and ids[c + 1] < ids[c])
+def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
+    """Bring the chain that ends at channel v up to date, from its start to its end.
+
+    Channels found exact are marked with the epoch. Returns -1, or the first channel whose head
+    cannot decide, and whose row must be compared before the rest of the chain can be done. This
+    is one long function because numba counts references to every array passed to another one,
+    which takes longer than the work itself.
+    """
+    length, stale = 0, -1
+    while values[0, v] >= 0 and channels[v].epoch != epoch:
+        c = channels[v]
+        path[length] = v
+        if c.held != values[c.prunable, c.source] or (
+            c.prunable == 1 and taken[c.kernel_start + c.edge]
         ):
-            c += 1
-        if keys[c] < key or (keys[c] == key and ids[c] > name):
-            break
-        keys[place], ids[place] = keys[c], ids[c]
-        place = c
-    keys[place], ids[place] = key, name
+            stale = length
+        length += 1
+        v = c.source
+    for i in range(stale + 1, length):
+        channels[path[i]].epoch = epoch
+    for i in range(stale, -1, -1):
+        v = path[i]
+        c = channels[v]
+        value = c.step + values[c.prunable, c.source]
+        if value <= c.second or (c.prunable == 1 and taken[c.kernel_start + c.edge]):
+            largest = groups[c.group].largest
+            rest = c.cutoff + largest  # upper bound of what the head does not contain
+            value, second, edge, step = _BELOW, _BELOW, -1, 0.0
+            for place in range(c.head_start, c.head_start + c.head_size):
+                log, j = heads[place].key, heads[place].id
+                if log + largest < second or (log + largest == second and j > edge >= 0):
+                    rest = _NONE
+                    break
+                other = log + values[c.prunable, sources[c.source_start + j]]
+                if other >= second and not (c.prunable == 1 and taken[c.kernel_start + j]):
+                    if other > value or (other == value and j < edge):
+                        value, second, edge, step = other, value, j, log
+                    else:
+                        second = other
+            if rest >= 0 and rest >= value:
+                return v
+            if edge >= 0:
+                c.edge, c.step, c.second = edge, step, max(second, rest)
+                c.source = sources[c.source_start + edge]
+        if value < 0:
+            values[0, v], values[1, v] = _NONE, 0.0
+        else:
+            values[0, v], values[1, v], c.held = value, value, values[c.prunable, c.source]
+            if values[0, c.source] < 0 or channels[c.source].epoch == epoch:
+                c.epoch = epoch
+    return -1
 
 
 @numba.njit(cache=True)
-def _extract(sizes,source_start,length_start,kernel_start,all_sources,all_lengths,all_bits, may_end, taken, budget):
-    """Extract longest chains until `budget` kernels are taken; returns how many chains."""
-    n = len(sizes)
-    best,start,used,strongest=np.full(n, _NONE), np.zeros(n), np.zeros(n), np.full(n, -1, dtype=np.int32)
-    head_begin=np.cumsum(sizes // 2) - sizes // 2
-    head_count=np.full(n, -1, dtype=np.int32)
-    cutoffs=np.zeros(n)
-    groups=np.zeros(n, dtype=np.int32)
-    maxima=        np.full(n, np.inf)
-    leaders=np.full(n, -1, dtype=np.int32)
-    all_logs=np.empty(np.sum(sizes // 2))
-    all_edges=np.empty(np.sum(sizes // 2), dtype=np.int32)
-    stats=np.zeros(8,np.int64)
-    for v in range(n):
-        if v > 0:
-            same = source_start[v] == source_start[v - 1] and sizes[v] == sizes[v - 1] and (kernel_start[v] < 0) == (kernel_start[v - 1] < 0)
-            groups[v] = groups[v - 1] + (not same)
-        values = start if kernel_start[v] >= 0 else best
-        size, s, first = sizes[v], source_start[v], length_start[v]
-        sources = all_sources[s : s + size]
-        most, edge = _scan_row(sources,all_lengths[first:first+size],all_bits[first:first+size],kernel_start[v], taken, values)
-        if edge >= 0:
-            best[v], start[v], strongest[v], used[v] = most, most, edge, values[sources[edge]]
-    order = np.argsort(-best, kind="mergesort")
-    heap = np.empty(n, dtype=np.int32)
-    bounds = np.empty(n)
+def _lower_bound(c, values, sources, groups):
+    """Lower the largest source value of a row to what it is now; False if it is already."""
+    group = groups[c.group]
+    if values[c.prunable, group.leader] == group.largest:
+        return False
+    group.largest = _NONE
+    for j in range(c.source_start, c.source_start + c.size):
+        u = sources[j]
+        if values[c.prunable, u] > group.largest:
+            group.leader, group.largest = u, values[c.prunable, u]
+    return True
+
+
+@numba.njit(cache=True)
+def _compare_row(c, v, values, sources, lengths, bits, taken):
+    """Evaluate channel v from all edges of its row."""
+    prunable, start, first, kernel = c.prunable, c.source_start, c.length_start, c.kernel_start
+    most, second, edge = _BELOW, _BELOW, -1
+    for j in range(c.size):
+        value = values[prunable, sources[start + j]]
+        if log2_ceiling(bits[first + j]) + value > second and lengths[first + j] > 0:
+            log = log2(np.float64(lengths[first + j]))
+            value += log
+            if value > second and not (prunable == 1 and taken[kernel + j]):
+                if value > most:
+                    most, second, edge, c.step = value, most, j, log
+                else:
+                    second = value
+    if edge < 0:
+        values[0, v], values[1, v] = _NONE, 0.0
+    else:
+        c.edge, c.second, c.source = edge, second, sources[start + edge]
+        c.held = values[prunable, c.source]
+        values[0, v], values[1, v] = most, most
+
+
+@numba.njit(cache=True)
+def _sort_head(c, lengths, bits, taken, heads, used):
+    """Sort the edges of at least the cutoff, longest first, of equal ones the first first.
+
+    The head moves behind the entries in use if it needs more room; returns how many are in use.
+    """
+    first, kernel, cutoff = c.length_start, c.kernel_start, c.cutoff
+    if used + c.size > len(heads):
+        c.head_size, c.cutoff = 0, np.inf
+        return used
     count = 0
-    for v in order:
-        if best[v] >= 0 and may_end[v]:
-            heap[count], bounds[count] = v, best[v]
-            count += 1
-    path = np.empty(n, dtype=np.int32)
-    chains = 0
-    found = 0
-    while count > 0 and found < budget:
-        v = heap[0]
-        if bounds[0] > best[v]:
-            bounds[0] = best[v]
-            if best[v] < 0:
-                count -= 1
-                heap[0], bounds[0] = heap[count], bounds[count]
-            _sift_down(bounds, heap, count)
-            continue
-        length = 0
-        stale = -1
-        while True:
-            path[length] = v
-            j, kernel = strongest[v], kernel_start[v]
-            u = all_sources[source_start[v] + j]
-            if kernel >= 0:
-                if taken[kernel + j] or start[u] != used[v]:
-                    stale = length
-            elif best[u] != used[v]:
-                stale = length
-            length += 1
-            if best[u] < 0:
-                break
-            v = u
-        if stale < 0:
-            chains += 1
-            for i in range(length):
-                v = path[i]
-                kernel = kernel_start[v] + strongest[v]
-                if kernel_start[v] >= 0 and not taken[kernel]:
-                    taken[kernel] = True
-                    found += 1
-            continue
-        for i in range(stale, -1, -1):
-            v = path[i]
-            edge, kernel, s, size, first = strongest[v], kernel_start[v], source_start[v], sizes[v], length_start[v]
-            if edge < 0:
-                continue
-            values = start if kernel >= 0 else best
-            sources = all_sources[s:s+size]
-            if values[sources[edge]] == used[v] and (kernel < 0 or not taken[kernel + edge]):
-                continue
-            g = groups[v]
-            begin = head_begin[v]
-            sure = False
-            if head_count[v] >= 0:
-                logs = all_logs[begin : begin + head_count[v]]
-                edges = all_edges[begin : begin + head_count[v]]
-                most, edge = _scan_head(logs, edges, sources, kernel, taken, values)
-                rest = cutoffs[v] + maxima[g]
-                sure = rest < 0 or rest < most
-                stats[1]+=1
-                stats[2]+=head_count[v]
-            if not sure and size > _SMALL:
-                if leaders[g] < 0 or values[leaders[g]] != maxima[g]:
-                    stats[3]+=1
-                    largest, leader = _NONE, sources[0]
-                    for u in sources:
-                        if values[u] > largest:
-                            largest, leader = values[u], u
-                    maxima[g], leaders[g] = largest, leader
-                rest = cutoffs[v] + maxima[g]
-                sure = head_count[v] >= 0 and (rest < 0 or rest < most)
-            if not sure:
-                stats[4]+=1
-                lengths,bits = all_lengths[first:first+size],all_bits[first:first+size]
-                most, edge = _scan_row(sources,lengths, bits, kernel, taken, values)
-                if edge >= 0 and size > _SMALL:
-                    logs = all_logs[begin : begin + size//2]
-                    edges = all_edges[begin : begin + size//2]
-                    slack = 1.0
-                    for _ in range(4):
-                        cutoffs[v] = max(most - maxima[g] - slack, -maxima[g])
-                        head_count[v] = _build_head(lengths,bits,kernel, taken, logs, edges, cutoffs[v])
-                        if head_count[v] >= 0:
-                            break
-                        slack/=2
-            if edge < 0:
-                best[v], start[v] = _NONE, 0.0
-            else:
-                best[v], start[v], used[v] = most, most, values[sources[edge]]
-            strongest[v] = edge
-    print(chains, found,stats)
-    return chains
+    for j in range(c.size):
+        if log2_ceiling(bits[first + j]) >= cutoff and lengths[first + j] > 0:
+            log = log2(np.float64(lengths[first + j]))
+            if log >= cutoff and not (c.prunable == 1 and taken[kernel + j]):
+                # Negative, because heap sort puts the smallest key first.
+                heads[used + count].key, heads[used + count].id = -log, -j
+                count += 1
+    for place in range(count // 2 - 1, -1, -1):
+        _sift_down(heads, used, count, place)
+    for last in range(used + count - 1, used, -1):
+        key, name = heads[last].key, heads[last].id
+        heads[last].key, heads[last].id = heads[used].key, heads[used].id
+        heads[used].key, heads[used].id = key, name
+        _sift_down(heads, used, last - used, 0)
+    begin = used
+    if count > c.room:
+        c.head_start, c.room = used, count
+        used += count
+    c.head_size = count
+    for i in range(count):
+        heads[c.head_start + i].key = -heads[begin + i].key
+        heads[c.head_start + i].id = -heads[begin + i].id
+    return used
+
+
+@numba.njit(cache=True)
+def _sift_down(heap, first, count, place):
+    """Restore heap `first:first + count` below a place: larger keys, then smaller ids on top."""
+    key, name = heap[first + place].key, heap[first + place].id
+    while 2 * place + 1 < count:
+        child = 2 * place + 1
+        c = heap[first + child]
+        if child + 1 < count:
+            d = heap[first + child + 1]
+            if d.key > c.key or (d.key == c.key and d.id < c.id):
+                child, c = child + 1, d
+        if c.key < key or (c.key == key and c.id > name):
+            break
+        heap[first + place].key, heap[first + place].id = c.key, c.id
+        place = child
+    heap[first + place].key, heap[first + place].id = key, name

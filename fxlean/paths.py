@@ -89,13 +89,12 @@ def _descending(through: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     rank = len(through) - count
     threshold = max(np.partition(through, rank)[rank], -np.finfo(np.float64).max)
     largest = np.flatnonzero(through >= threshold)
-    return largest[np.argsort(-through[largest], kind="stable")]
+    values = through[largest]
+    return largest[np.argsort(np.negative(values, out=values), kind="stable")]
 
 
 @numba.njit(cache=True)
-def _forward(
-    sizes, source_start, kernel_start, sources, length_start, lengths, bits, alive, kinds
-):
+def _forward(sizes, source_start, kernel_start, sources, length_start, lengths, bits, alive, kinds):
     """Logarithm of the longest chain into every channel, and the edge of its row it ends with."""
     n = len(sizes)
     forward = np.full(n, _NONE)
