@@ -16,9 +16,9 @@ def page() -> str:
         [
             "# Supported operators",
             "",
-            "The table of rules in `fxlean/rules.py`, printed by `docs/make_operators.py`. Operators",
-            "that torch tags as pointwise need no entry. Any other is *opaque*: treated as if it",
-            "mixed everything, which is safe, and reported. `fxlean.register` adds a rule.",
+            "The table of rules in `fxlean/rules.py`, as `docs/make_operators.py` prints it.",
+            "Operators that torch tags as pointwise need no entry. Any other is *opaque*: treated",
+            "as if it mixed everything, which is safe, and reported. `fxlean.register` adds a rule.",
             "",
             "| rule | ATen operators |",
             "|---|---|",

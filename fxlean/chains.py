@@ -98,6 +98,7 @@ def longest_chains(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_],
             graph.lengths.view(np.int32),
             taken,
             budget,
+            np.empty(graph.num_edges, dtype=_ENTRY),
         )
     keep = taken & graph.alive
     fill_largest(keep, graph.alive, kernel_scores(graph), budget)
@@ -177,36 +178,40 @@ def _maximum_lengths(sizes, length_start, kernel_start, lengths, scores):
 
 
 @numba.njit(cache=True)
-def _extract(channels, sources, lengths, bits, taken, budget):
-    """Extract longest chains until `budget` kernels are taken; returns how many chains."""
+def _extract(channels, sources, lengths, bits, taken, budget, heads):
+    """Extract longest chains until `budget` kernels are taken; returns how many chains.
+
+    `heads` is room for one entry per edge. Numbers have explicit types throughout, since numba
+    compiles a function anew for every combination of types.
+    """
+    zero = np.int64(0)
     n = len(channels)
     # What an edge multiplies: row 0 for fixed edges, row 1 (at least 0) for prunable ones.
     values = np.empty((2, n))
     values[0], values[1] = _NONE, 0.0
     ends = np.empty(n, dtype=_ENTRY)
-    count = 0
+    count = zero
     for v in range(n):
         _compare_row(channels[v], v, values, sources, lengths, bits, taken)
         if values[0, v] >= 0 and channels[v].may_end == 1:
             ends[count].key, ends[count].id = values[0, v], v
             count += 1
     for place in range(count // 2 - 1, -1, -1):
-        _sift_down(ends, 0, count, place)
+        _sift_down(ends, zero, count, place)
     groups = np.empty(n, dtype=_GROUP)
     for g in range(n):
         groups[g].leader, groups[g].largest = 0, np.inf
-    heads = np.empty(channels["size"].sum(), dtype=_ENTRY)
-    used = 0  # entries of `heads` in use
+    used = zero  # entries of `heads` in use
     path = np.empty(n, dtype=np.int32)
-    chains = found = 0
+    chains = found = zero
     while count > 0 and found < budget:
-        v = ends[0].id
+        v = np.int64(ends[0].id)
         if ends[0].key > values[0, v]:
             ends[0].key = values[0, v]
             if values[0, v] < 0:
                 count -= 1
                 ends[0].key, ends[0].id = ends[count].key, ends[count].id
-            _sift_down(ends, 0, count, 0)
+            _sift_down(ends, zero, count, zero)
         elif channels[v].epoch == chains:
             found += _take(channels, v, values, taken)
             chains += 1
@@ -231,7 +236,7 @@ def _take(channels, v, values, taken):
         if c.prunable == 1 and not taken[c.kernel_start + c.edge]:
             taken[c.kernel_start + c.edge] = True
             count += 1
-        v = c.source
+        v = np.int64(c.source)
     return count
 
 
@@ -336,7 +341,7 @@ def _sort_head(c, lengths, bits, taken, heads, used):
     if used + c.size > len(heads):
         c.head_size, c.cutoff = 0, np.inf
         return used
-    count = 0
+    count = np.int64(0)
     for j in range(c.size):
         if log2_ceiling(bits[first + j]) >= cutoff and lengths[first + j] > 0:
             log = log2(np.float64(lengths[first + j]))
@@ -346,11 +351,12 @@ def _sort_head(c, lengths, bits, taken, heads, used):
                 count += 1
     for place in range(count // 2 - 1, -1, -1):
         _sift_down(heads, used, count, place)
+    top = np.int64(0)
     for last in range(used + count - 1, used, -1):
         key, name = heads[last].key, heads[last].id
         heads[last].key, heads[last].id = heads[used].key, heads[used].id
         heads[used].key, heads[used].id = key, name
-        _sift_down(heads, used, last - used, 0)
+        _sift_down(heads, used, last - used, top)
     begin = used
     if count > c.room:
         c.head_start, c.room = used, count

@@ -66,7 +66,7 @@ def complete_paths(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_],
     edges = (graph.length_start, graph.lengths, graph.lengths.view(np.int32), graph.alive)
     forward, previous = _forward(*wiring, *edges, graph.kinds)
     through, row, following, following_edge = _backward(
-        *wiring, *edges, graph.kinds, graph.outputs, forward
+        *wiring, *edges, graph.kinds, np.where(graph.outputs, 0.0, _NONE), forward
     )
     chains = _complete(
         *wiring,
@@ -130,16 +130,16 @@ def _backward(
     bits,
     alive,
     kinds,
-    outputs,
+    backward,
     forward,
 ):
     """Logarithm of the longest complete chain through every kernel, and how chains go on.
 
     Returns `through` and the row of the kernel's best edge, both per kernel; and, per channel,
-    row and edge with which its longest chain to an output goes on (row -1 where it ends).
+    row and edge with which its longest chain to an output goes on (row -1 where it ends). The
+    lengths of these are written into `backward`, which comes with 0 at the outputs.
     """
     n = len(sizes)
-    backward = np.where(outputs, 0.0, _NONE)
     following = np.full(n, -1, dtype=np.int32)
     following_edge = np.full(n, -1, dtype=np.int32)
     through = np.full(len(alive), _NONE)
