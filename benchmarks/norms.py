@@ -97,6 +97,7 @@ def resnet50_weights(device: str) -> list[tuple[Tensor, int]]:
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--repeats", type=int, default=5, help="the best of so many")

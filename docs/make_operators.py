@@ -18,7 +18,7 @@ def page() -> str:
             "",
             "The table of rules in `fxlean/rules.py`, as `docs/make_operators.py` prints it.",
             "Operators that torch tags as pointwise need no entry. Any other is *opaque*: treated",
-            "as if it mixed everything, which is safe, and reported. `fxlean.register` adds a rule.",
+            "as if it mixed everything, which is safe, and reported. `fxlean.register` adds rules.",
             "",
             "| rule | ATen operators |",
             "|---|---|",

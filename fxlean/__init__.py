@@ -1,5 +1,7 @@
 """Prune any convolutional network with one call: `fxlean.prune(model, ratio)`."""
 
+from .compaction import CompactionError, CompactionWarning, compact
+from .costs import report
 from .errors import ArgumentError, FxleanError, TraceError
 from .graph import ChannelGraph
 from .norms import operator_norms
@@ -10,13 +12,17 @@ from .rules import register
 __all__ = [
     "ArgumentError",
     "ChannelGraph",
+    "CompactionError",
+    "CompactionWarning",
     "FxleanError",
     "PruneResult",
     "PruneWarning",
     "TraceError",
+    "compact",
     "iterate",
     "operator_norms",
     "prune",
     "register",
+    "report",
     "trace",
 ]

@@ -205,18 +205,18 @@ def _extract(channels, sources, lengths, bits, taken, budget, heads):
     path = np.empty(n, dtype=np.int32)
     chains = found = zero
     while count > 0 and found < budget:
-        v = np.int64(ends[0].id)
-        if ends[0].key > values[0, v]:
-            ends[0].key = values[0, v]
-            if values[0, v] < 0:
+        end = np.int64(ends[0].id)
+        if ends[0].key > values[0, end]:
+            ends[0].key = values[0, end]
+            if values[0, end] < 0:
                 count -= 1
                 ends[0].key, ends[0].id = ends[count].key, ends[count].id
             _sift_down(ends, zero, count, zero)
-        elif channels[v].epoch == chains:
-            found += _take(channels, v, values, taken)
+        elif channels[end].epoch == chains:
+            found += _take(channels, end, values, taken)
             chains += 1
         else:
-            v = _refresh(channels, v, values, sources, taken, groups, heads, chains, path)
+            v = _refresh(channels, end, values, sources, taken, groups, heads, chains, path)
             if v >= 0 and not _lower_bound(channels[v], values, sources, groups):
                 c = channels[v]
                 _compare_row(c, v, values, sources, lengths, bits, taken)

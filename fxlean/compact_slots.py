@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -41,7 +40,6 @@ class Call:
         alive: shape (rows, columns of a group), True where the weight is not zero.
         groups: of the layer; a batch norm has one for each channel.
         size: elements of one channel in the source, and in the result.
-        reads_zero: whether a slot is read even if it is known to be zero.
     """
 
     layer: str
@@ -50,14 +48,14 @@ class Call:
     alive: Tensor
     groups: int
     size: tuple[int, int]
-    reads_zero: bool = False
 
     def columns_read(self, rows: Tensor) -> Tensor:
         """The source channels that these rows (True where wanted) depend on, shape (columns,)."""
         grouped = self.alive.reshape(self.groups, -1, self.alive.shape[1])
         wanted = rows.reshape(self.groups, -1, 1)
         read = (grouped & wanted).any(1).reshape(-1)
-        return read if self.reads_zero else read & ~self.source.zero
+        # In groups a channel that is zero is read as well: its group may have a bias.
+        return read & ~self.source.zero if self.groups == 1 else read
 
 
 @dataclass(eq=False)
@@ -67,10 +65,12 @@ class Slots:
     Attributes:
         calls: applications of layers, in order.
         refused: layers that are used in a way that does not let them shrink.
+        strangers: how many convolutions with pruned kernels belong to no layer.
     """
 
     calls: list[Call] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
+    strangers: int = 0
     _count: int = 0
     _links: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _pinned: list[Tensor] = field(default_factory=list)
@@ -90,6 +90,11 @@ class Slots:
         """Keep or remove these slots together, pair by pair."""
         self._links.append((left, right))
 
+    def link_groups(self, slots: Tensor, groups: int) -> None:
+        """Keep or remove all slots of a group together."""
+        members = slots.reshape(groups, -1)
+        self.link(members[:, :-1].reshape(-1), members[:, 1:].reshape(-1))
+
     def pin(self, slots: Tensor) -> None:
         """Never remove these slots."""
         self._pinned.append(slots)
@@ -101,10 +106,17 @@ class Slots:
         for slots in self._pinned:
             kept[label[slots]] = True
         before = -1
-        while before < (before := int(kept.sum())):
+        while before != int(kept.sum()):
+            before = int(kept.sum())
             for call in reversed(self.calls):
-                rows = kept[label[call.result.slots]] & ~call.result.zero
-                kept[label[call.source.slots[call.columns_read(rows)]]] = True
+                rows = kept[label[call.result.slots]]
+                read = call.columns_read(rows & ~call.result.zero)
+                kept[label[call.source.slots[read]]] = True
+                present = kept[label[call.source.slots]]
+                if not (rows.any() and present.any() and (read.any() or call.groups == 1)):
+                    row, column = _at_least_one(call, rows, present)
+                    kept[label[call.result.slots[row]]] = True
+                    kept[label[call.source.slots[column]]] = True
         return lambda slots: kept[label[slots]]
 
     def _components(self) -> np.ndarray:
@@ -113,8 +125,25 @@ class Slots:
         left = torch.cat([nothing, *(pair[0] for pair in self._links)]).numpy()
         right = torch.cat([nothing, *(pair[1] for pair in self._links)]).numpy()
         shape = (self._count, self._count)
+        import scipy.sparse.csgraph  # here, because it takes a third of the time to import fxlean
+
         links = scipy.sparse.coo_array((np.ones(len(left)), (left, right)), shape=shape)
-        return scipy.sparse.csgraph.connected_components(links, directed=False)[1].astype(np.int64)
+        _, component = scipy.sparse.csgraph.connected_components(links, directed=False)
+        numbers: NDArray[np.int64] = component.astype(np.int64)
+        return numbers
+
+
+def _at_least_one(call: Call, rows: Tensor, present: Tensor) -> tuple[int, int]:
+    """A row of a dead layer and a column of its group, those that are there anyway if possible.
+
+    There are no layers without channels, so a dead one keeps a row and a column of zeros.
+    """
+    height, width = len(rows) // call.groups, call.alive.shape[1]
+    both = rows.reshape(-1, height).any(1) & present.reshape(-1, width).any(1)
+    group = int((both if both.any() else rows.reshape(-1, height).any(1)).long().argmax())
+    row = int(rows[group * height :][:height].long().argmax())
+    column = int(present[group * width :][:width].long().argmax())
+    return group * height + row, group * width + column
 
 
 def joined(slots: Slots, values: Sequence[Value], zero: Tensor) -> Value:

@@ -82,7 +82,7 @@ def prune(
     Source: Schoonhoven, Hendriksen, Pelt and Batenburg, arXiv 2011.06923.
     """
     _check(model, ratio, method, norm)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     chosen = METHODS[method]
     with _Stages(progress) as stages:
         stages.start("trace")
@@ -163,7 +163,7 @@ def trace(
     Arguments and errors are those of `prune`; the model is not changed.
     """
     _check(model, 1.0, "lean", norm)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     traced = trace_model(model, example_inputs)
     wired, prunable = _wired(model, traced, ignore, prune_outputs, include_linear)
     return fill_lengths(prunable.graph, wired.wiring, norm)
@@ -171,8 +171,7 @@ def trace(
 
 def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
     """Reject arguments that make no sense, before anything is touched."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}. Pass a torch.nn.Module.")
+    check_model(model)
     number = isinstance(ratio, Real) and not isinstance(ratio, bool)
     if not number or math.isnan(ratio) or not 0 < ratio <= 1:
         raise ArgumentError(
@@ -183,6 +182,12 @@ def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
         raise ArgumentError(f"method is {method!r}. Pass one of {', '.join(METHODS)}.")
     if norm not in ORDERS:
         raise ArgumentError(f"norm is {norm!r}. Pass one of {', '.join(ORDERS)}.")
+
+
+def check_model(model: Any) -> None:
+    """Reject what is no module, or has no values to weigh."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}. Pass a torch.nn.Module.")
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError(
             f"{type(model).__name__} is compiled by TorchScript, which cannot be traced. Prune "
@@ -206,7 +211,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile` and the data-parallel wrappers."""
     wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:

@@ -195,7 +195,7 @@ def _restore(attributes: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> N
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode without gradients, silent, and everything as before afterwards."""
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints whatever does not fit
     silent = log.disabled
@@ -229,7 +229,7 @@ def _trace(model: nn.Module, name: str, arguments: tuple[Any, ...]) -> tuple[Pie
         return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
     called: set[str] = set()
-    with _evaluating(model):
+    with evaluating(model):
         for path, child in model.named_modules():
             child.register_forward_pre_hook(lambda *_, path=path: called.add(path))
         graph = _pure(run, list(state.values()), tensors)
@@ -273,7 +273,7 @@ def _record_calls(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Ca
 
         return record
 
-    with _evaluating(model):
+    with evaluating(model):
         for name, module in model.named_modules():
             module.register_forward_hook(recorder(name), with_kwargs=True)
         model(*arguments)

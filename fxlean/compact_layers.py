@@ -1,0 +1,175 @@
+"""Layers cut to size: which channels they compute on, and the smaller modules that do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .compact_slots import Call
+
+# Nanoseconds an element on two cores, from benchmarks/compaction.py; only ratios matter.
+MULTIPLY = 0.012  # one multiply-accumulate of a convolution
+PASS = 0.2  # reading an element and writing one
+GATHER = 0.25  # copying an element of a selection
+CALL = 8000.0  # calling one more operator
+
+
+class Selected(nn.Module):
+    """A layer that reads a selection of channels, or whose results are placed among zeros.
+
+    Attributes:
+        layer: computes on the selection.
+        reads: the channels that it reads, or None for all.
+        places: where its results go, or None where they are all there is.
+        channels: number of channels of the result; the others are zero.
+    """
+
+    reads: Tensor | None
+    places: Tensor | None
+
+    def __init__(
+        self, layer: nn.Module, reads: Tensor | None, places: Tensor | None, channels: int
+    ) -> None:
+        super().__init__()
+        self.layer, self.channels = layer, channels
+        self.register_buffer("reads", reads)
+        self.register_buffer("places", places)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's result, between the selection and the placement."""
+        if self.reads is not None:
+            x = x.index_select(1, self.reads)
+        x = self.layer(x)
+        if self.places is None:
+            return x
+        shape = (x.shape[0], self.channels, *x.shape[2:])
+        return x.new_zeros(shape).index_copy(1, self.places, x)
+
+    def extra_repr(self) -> str:
+        """How many channels are read and written."""
+        reads = "all" if self.reads is None else str(len(self.reads))
+        return f"reads={reads}, channels={self.channels}"
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What is left of a layer.
+
+    Attributes:
+        calls: its applications.
+        present: shape (columns,), True for the channels that its source still has.
+        wanted: shape (rows,), True for those that its result must have.
+        used: shape (columns,), True for those that the wanted results depend on.
+        alive: shape (rows,), True for wanted results that are not zero.
+    """
+
+    calls: tuple[Call, ...]
+    present: Tensor
+    wanted: Tensor
+    used: Tensor
+    alive: Tensor
+
+
+def part_of(calls: Sequence[Call], kept: Callable[[Tensor], Tensor]) -> Part:
+    """What is left of a layer, from its applications and the slots that are kept."""
+    wanted = kept(calls[0].result.slots)
+    alive = torch.stack([wanted & ~call.result.zero for call in calls]).any(0)
+    used = torch.stack([call.columns_read(alive) for call in calls]).any(0)
+    return Part(tuple(calls), kept(calls[0].source.slots), wanted, used, alive)
+
+
+def shrink(module: nn.Module, part: Part) -> nn.Module:
+    """The layer cut to size: the module, changed in place, or a `Selected` around it."""
+    options = _dense_options(part) if part.calls[0].groups == 1 else _grouped_options(part)
+    rows, columns = min(options, key=lambda option: _cost(module, part, *option))
+    narrow(module, rows, columns, part.calls[0].groups)
+    return _select(module, part, rows, columns)
+
+
+def _dense_options(part: Part) -> list[tuple[Tensor, Tensor]]:
+    """Rows and columns to compute, where any columns can go with any rows."""
+    return [
+        (rows, columns)
+        for rows in (part.wanted, part.alive)
+        for columns in (part.present, part.used)
+        if rows.any() and columns.any()
+    ]
+
+
+def _grouped_options(part: Part) -> list[tuple[Tensor, Tensor]]:
+    """Rows and columns to compute in groups, of which each is left whole or taken out."""
+    groups = part.calls[0].groups
+    height, width = len(part.wanted) // groups, len(part.present) // groups
+    present = part.present.reshape(groups, width).any(1)
+    options = []
+    for rows in (part.wanted, part.alive):
+        chosen = rows.reshape(groups, height).any(1) & present
+        if chosen.any():
+            options.append((chosen.repeat_interleave(height), chosen.repeat_interleave(width)))
+    return options
+
+
+def _cost(module: nn.Module, part: Part, rows: Tensor, columns: Tensor) -> float:
+    """Estimated nanoseconds of a layer on these rows and columns, its surroundings included."""
+    before = sum(call.size[0] for call in part.calls)
+    after = sum(call.size[1] for call in part.calls)
+    count, width = int(rows.sum()), int(columns.sum())
+    total = PASS * (before * width + after * count)
+    weight = module.weight
+    if isinstance(weight, Tensor) and weight.dim() > 1:
+        # A transposed convolution works on the elements of its source, others on the result's.
+        size = before if getattr(module, "transposed", False) else after
+        kernels = count * width / part.calls[0].groups
+        total += MULTIPLY * weight[0, 0].numel() * size * kernels
+    if not torch.equal(columns, part.present):
+        total += CALL + GATHER * before * width
+    if not torch.equal(rows, part.wanted):
+        total += 2 * CALL + GATHER * after * (int(part.wanted.sum()) + count)
+    return total
+
+
+def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
+    """Leave only these rows and columns in the parameters and buffers of a layer."""
+    if rows.all() and columns.all():
+        return
+    left = groups if groups == 1 else int(rows.sum()) * groups // len(rows)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is None or tensor.dim() == 0:
+                continue
+            device = tensor.device
+            if tensor.dim() == 1 or groups > 1:
+                part = tensor.detach()[rows.to(device)]
+            elif getattr(module, "transposed", False):
+                part = tensor.detach()[columns.to(device)][:, rows.to(device)]
+            else:
+                part = tensor.detach()[rows.to(device)][:, columns.to(device)]
+            trained = isinstance(tensor, nn.Parameter)
+            tensors[name] = nn.Parameter(part, tensor.requires_grad) if trained else part
+    widths = {"in": int(columns.sum()), "out": int(rows.sum())}
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.num_features = widths["out"]
+    elif isinstance(module, nn.Linear):
+        module.in_features, module.out_features = widths["in"], widths["out"]
+    else:
+        module.in_channels, module.out_channels, module.groups = widths["in"], widths["out"], left
+
+
+def _select(module: nn.Module, part: Part, rows: Tensor, columns: Tensor) -> nn.Module:
+    """The narrowed module with a selection before and a placement behind it, where needed."""
+    same_rows, same_columns = torch.equal(rows, part.wanted), torch.equal(columns, part.present)
+    if same_rows and same_columns:
+        return module
+    reads = None if same_columns else _places(columns, part.present)
+    places = None if same_rows else _places(rows, part.wanted)
+    selected = Selected(module, reads, places, int(part.wanted.sum())).train(module.training)
+    return selected.to(next(iter(module.state_dict().values())).device)
+
+
+def _places(some: Tensor, among: Tensor) -> Tensor:
+    """The place of each of `some` channels among those of `among`."""
+    return (among.cumsum(0) - 1)[some]
