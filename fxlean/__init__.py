@@ -1,8 +1,8 @@
 """Prune any convolutional network with one call: `fxlean.prune(model, ratio)`."""
 
-from .compaction import CompactionError, CompactionWarning, compact
-from .costs import report
-from .errors import ArgumentError, FxleanError, TraceError
+from .compaction import CompactionWarning, compact
+from .costs import Report, report
+from .errors import ArgumentError, CompactionError, FxleanError, TraceError
 from .graph import ChannelGraph
 from .norms import operator_norms
 from .pruning import PruneWarning, iterate, prune, trace
@@ -17,6 +17,7 @@ __all__ = [
     "FxleanError",
     "PruneResult",
     "PruneWarning",
+    "Report",
     "TraceError",
     "compact",
     "iterate",

@@ -16,16 +16,12 @@ from .compact_layers import part_of, shrink
 from .compact_rewrite import rewritten
 from .compact_slots import Call
 from .compact_walk import walk
-from .errors import ArgumentError, FxleanError
+from .errors import ArgumentError, CompactionError
 from .masks import RefreshMasks
 from .pruning import check_model, unwrapped
 from .tracing import Trace, as_arguments, evaluating, trace_model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-class CompactionError(FxleanError, RuntimeError):
-    """The compacted model does not compute what the pruned one does; nothing was changed."""
 
 
 class CompactionWarning(UserWarning):

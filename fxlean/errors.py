@@ -11,3 +11,7 @@ class ArgumentError(FxleanError, ValueError):
 
 class TraceError(FxleanError, RuntimeError):
     """The model could not be run on the example inputs, so there is no graph to prune."""
+
+
+class CompactionError(FxleanError, RuntimeError):
+    """The compacted model does not compute what the pruned one does; nothing was changed."""

@@ -234,7 +234,10 @@ def _wired(
             model, wired, ignored, prune_outputs=prune_outputs, include_linear=include_linear
         )
     if prunable.graph.num_kernels == 0:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in prunable.skipped.items())
+        layers: dict[str, list[str]] = {}
+        for name, reason in prunable.skipped.items():
+            layers.setdefault(reason, []).append(name)
+        reasons = "; ".join(f"{_some(names)}: {reason}" for reason, names in layers.items())
         raise ArgumentError(
             f"{type(model).__name__} has no convolution to prune ({reasons or 'none was found'}). "
             "Pass prune_outputs=True to prune the layers that make the output, or "

@@ -86,7 +86,7 @@ def step(op: str, *reads: int, **options: Any) -> Step:
 
 
 class RandomNet(nn.Module):
-    """Runs `steps` and returns the last value; the weights follow from `seed`."""
+    """Runs the `steps` that the last value needs; the weights follow from `seed`."""
 
     def __init__(
         self,
@@ -117,10 +117,18 @@ class RandomNet(nn.Module):
             randomise_norms(self)
 
     def forward(self, x):
-        values = [x]
-        for current, layer in zip(self.steps, self.layers, strict=True):
-            values.append(layer(*[values[i] for i in current.reads]))
-        return values[-1]
+        values = {0: x}
+        for made in self.needed():
+            values[made] = self.layers[made - 1](*[values[i] for i in self.steps[made - 1].reads])
+        return values[len(self.steps)]
+
+    def needed(self) -> list[int]:
+        """The numbers of the values that the last one depends on, itself included."""
+        found = {len(self.steps)}
+        for made in range(len(self.steps), 0, -1):
+            if made in found:
+                found |= set(self.steps[made - 1].reads)
+        return sorted(found - {0})
 
     def __repr__(self) -> str:
         steps = "".join(f"    {current!r},\n" for current in self.steps)

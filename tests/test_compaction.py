@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +16,8 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils._pytree import tree_leaves
 
 import fxlean
-from fxlean.compaction import CompactionError, CompactionWarning, compact, relative_error
+from fxlean.compaction import CompactionWarning, compact, relative_error
+from fxlean.errors import CompactionError
 from tests.blocks import Apply, DenseInPlace, conv, conv_bn_relu
 from tests.strategies import networks
 from tests.zoo import ZOO, make
@@ -226,11 +228,10 @@ def test_compiles(name):
 
 @pytest.mark.parametrize("name", ["residual", "dense_in_place", "channel_shuffle"])
 def test_exports_to_onnx(name, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
     model, inputs = pruned(name, 0.2, dtype=torch.float32)
     small = compact(model, inputs)
     torch.onnx.export(small, inputs, tmp_path / "model.onnx", dynamo=True, verbose=False)
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     names = [argument.name for argument in session.get_inputs()]
     values = [x.numpy() for x in inputs]
     (found,) = session.run(None, dict(zip(names, values, strict=True)))

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import fxlean
+from tests.blocks import StandardisedConv2d
 from tests.zoo import make
 
 
@@ -93,6 +94,10 @@ def test_weights_that_are_no_numbers(value):
         (lambda: "resnet18", r"model is a str\. Pass a torch\.nn\.Module"),
         (lambda: nn.Linear(3, 4), r"Linear has no parameter that could be a convolution kernel"),
         (lambda: nn.Conv2d(3, 4, 3), r"no convolution to prune \(.*produces the model's output"),
+        (
+            lambda: nn.Sequential(*[StandardisedConv2d(3, 3, 1) for _ in range(5)]),
+            r"no convolution to prune \(0, 1, 2 and 2 more: its weight is a buffer, or computed so",
+        ),
         (lambda: nn.Conv2d(3, 4, 3, device="meta"), r"meta device .*: weight, bias\. Load weights"),
         (lambda: nn.LazyConv2d(4, 3), r"no shape yet: weight, bias\. Run the model once"),
         (lambda: torch.jit.script(nn.Conv2d(3, 4, 3)), r"TorchScript.*Prune the original module"),
