@@ -22,7 +22,7 @@ from .lengths import fill_lengths
 from .masks import apply_masks, parameter_masks
 from .norms import ORDERS
 from .prunable import Prunable, find_prunable, resolve_ignored
-from .report import LayerCount, PruneResult, times
+from .report import LayerCount, PruneResult, by_reason, some, times
 from .tracing import Trace, trace_model
 
 STAGES = ("trace", "norms", "select", "masks")
@@ -196,19 +196,14 @@ def check_model(model: Any) -> None:
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ArgumentError(
-            f"parameters have no shape yet: {_some(lazy)}. Run the model once before pruning."
+            f"parameters have no shape yet: {some(lazy)}. Run the model once before pruning."
         )
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta:
         raise ArgumentError(
-            f"parameters are on the meta device and hold no values: {_some(meta)}. Load weights "
+            f"parameters are on the meta device and hold no values: {some(meta)}. Load weights "
             "with model.to_empty(device=...) and load_state_dict before pruning."
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -234,10 +229,7 @@ def _wired(
             model, wired, ignored, prune_outputs=prune_outputs, include_linear=include_linear
         )
     if prunable.graph.num_kernels == 0:
-        layers: dict[str, list[str]] = {}
-        for name, reason in prunable.skipped.items():
-            layers.setdefault(reason, []).append(name)
-        reasons = "; ".join(f"{_some(names)}: {reason}" for reason, names in layers.items())
+        reasons = "; ".join(by_reason(prunable.skipped))
         raise ArgumentError(
             f"{type(model).__name__} has no convolution to prune ({reasons or 'none was found'}). "
             "Pass prune_outputs=True to prune the layers that make the output, or "

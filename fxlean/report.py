@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class PruneResult:
             lines.append(
                 f"opaque: {op} ({times(count)}), treated as reading and writing everything"
             )
-        lines += [f"skipped: {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"skipped: {line}" for line in by_reason(self.skipped)]
         return "\n".join(lines)
 
     def _summary(self) -> str:
@@ -80,6 +80,20 @@ class PruneResult:
 
 def _row(name: str, kept: int, total: int, width: int) -> str:
     return f"{name:<{width}}  {kept:>10,}  {total:>10,}  {kept / total:>7.2%}"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def by_reason(skipped: Mapping[str, str]) -> list[str]:
+    """One line for each reason, with the layers that were left alone for it."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        layers.setdefault(reason, []).append(name)
+    return [f"{some(names)}: {reason}" for reason, names in layers.items()]
 
 
 def times(count: int) -> str:
