@@ -16,7 +16,8 @@ from torch import Tensor, fx
 
 from .compact_slots import Call, Slots, Value, joined
 from .layers import BATCH_NORMS
-from .rules import POINTWISE, REDUCTIONS, WINDOWS
+from .positions import REDUCTIONS, WINDOWS
+from .rules import POINTWISE
 from .weights import Constants
 
 aten = torch.ops.aten
