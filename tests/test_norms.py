@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fxlean.norms
+import fxlean.suprema
 from fxlean.errors import ArgumentError
 from fxlean.norms import ORDERS, operator_norms
 
@@ -155,8 +156,8 @@ BATCHES = [  # size, stride, kernels of each kind
 def test_no_maximum_is_missed_among_thousands(size, stride, count, monkeypatch):
     weight = torch.cat([random_kernels(kind, (count, 1, *size), 3) for kind in KINDS])
     found = operator_norms(weight.float(), stride).double()
-    monkeypatch.setattr(fxlean.norms, "_DENSITY", (64, 20, 12))
-    monkeypatch.setattr(fxlean.norms, "_SLOPE", (0.5, 0.5, 0.5))
+    monkeypatch.setattr(fxlean.suprema, "_DENSITY", (64, 20, 12))
+    monkeypatch.setattr(fxlean.suprema, "_SLOPE", (0.5, 0.5, 0.5))
     expected = operator_norms(weight, stride)
     torch.testing.assert_close(found, expected, rtol=5e-6, atol=0)
 
@@ -292,7 +293,7 @@ def test_positive_kernels_reach_the_sum_of_their_taps():
 def test_chunks_change_nothing(size, order, monkeypatch):
     weight = random_kernels("normal", (5, 4, *size)).float()
     whole = operator_norms(weight, order=order)
-    monkeypatch.setattr(fxlean.norms, "_CPU_CHUNK", 2000)
+    monkeypatch.setattr(fxlean.suprema, "_CPU_CHUNK", 2000)
     torch.testing.assert_close(operator_norms(weight, order=order), whole, rtol=2e-6, atol=0)
     each = [operator_norms(row[None], order=order) for row in weight]
     torch.testing.assert_close(torch.cat(each), whole, rtol=2e-6, atol=0)
@@ -303,7 +304,8 @@ def test_transforms_agree(size, monkeypatch):
     weight = random_kernels("normal", (3, 3, *size))
     usual = operator_norms(weight, 1)
     for matrix_limit, lags_limit in itertools.product((0, 2**40), repeat=2):
-        monkeypatch.setattr(fxlean.norms, "_MATRIX_LIMIT", max(matrix_limit, 1))
+        monkeypatch.setattr(fxlean.norms, "MATRIX_LIMIT", max(matrix_limit, 1))
+        monkeypatch.setattr(fxlean.suprema, "MATRIX_LIMIT", max(matrix_limit, 1))
         monkeypatch.setattr(fxlean.norms, "_LAGS_LIMIT", lags_limit)
         torch.testing.assert_close(operator_norms(weight, 1), usual, rtol=1e-5, atol=0)
 

@@ -42,11 +42,11 @@ def build(name):
     """The model with random weights, skipped where it is too large to be pruned by default."""
     torch.manual_seed(0)
     builder = torchvision.models.get_model_builder(name)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in builder(weights=None, **backbone(builder)).parameters())
+    model = builder(weights=None, **backbone(builder))
+    size = sum(parameter.numel() for parameter in model.parameters())
     if size > LARGE and not os.environ.get("FXLEAN_LARGE_MODELS"):
         pytest.skip(f"{name} has {size / 1e6:.0f} M parameters; FXLEAN_LARGE_MODELS=1 runs it")
-    return builder(weights=None, **backbone(builder)), size
+    return model, size
 
 
 def backbone(builder):
