@@ -49,7 +49,7 @@ def test_the_budget_is_met_and_the_model_still_runs(name, method):
     model, inputs = make(name)
     shapes = [leaf.shape for leaf in run(model, inputs)]
     result = fxlean.prune(model, 0.5, inputs, method=method)
-    budget = min(int(0.5 * result.total), sum(map(int, read(model, inputs).graph.alive)) + 10**9)
+    budget = int(0.5 * result.total)
     assert result.selected >= budget
     if method not in ("lean", "path"):
         assert result.selected == budget
