@@ -1,13 +1,12 @@
 """Suprema of cosine polynomials, many at once: a coarse grid, then Newton steps uphill from it."""
 
-import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_CPU_CHUNK = 2**18  # numbers in one intermediate array: stays in the cache
+_CPU_CHUNK = 2**20  # numbers in one intermediate array: stays in the cache
 _GPU_CHUNK = 2**22  # enough to fill a GPU, and a few such arrays stay below 100 MB
 MATRIX_LIMIT = 2**22  # numbers in a Fourier matrix; above it, transform by FFT
 _DENSITY = (8, 8, 6)  # coarse grid points per turn of the longest lag, in 1-D, 2-D and 3-D
@@ -86,7 +85,7 @@ def suprema(squares: Tensor, coarse: Coarse) -> Tensor:
     result = torch.where(torch.cat(tight), bounds, 0)
     points = torch.tensor(coarse.points, device=squares.device)[:, None]
     spacing = (2 * math.pi / points).to(squares.dtype)
-    piece = max(1, 4 * room(squares) // len(coarse.lags))
+    piece = max(1, room(squares) // len(coarse.lags))
     for kernel, *place in torch.cat(found, 1).split(piece, 1):
         frequency = torch.stack(place) * spacing
         _climb(result, kernel, squares[:, kernel], coarse.lags.to(squares), frequency, spacing)
@@ -130,17 +129,13 @@ def _starts(values: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     first = kernel.clone()
     for index, pace in zip(block, values.stride(), strict=False):
         first += (2 * index + 1) * pace
-    flat = values.view(-1)
-    highest, choice = flat[first], torch.zeros_like(kernel)
-    corners = list(itertools.product(range(2), repeat=len(axes)))
-    for number, corner in enumerate(corners[1:], 1):
-        jump = sum(shift * pace for shift, pace in zip(corner, values.stride(), strict=False))
-        height = flat[first + jump]
-        choice.masked_fill_(height > highest, number)
-        highest = torch.maximum(highest, height)
-    # The last axis is the lowest bit of the number of a corner.
-    bits = [(choice >> (len(axes) - 1 - axis)) & 1 for axis in axes]
-    place = [2 * index + bit for index, bit in zip(block, bits, strict=True)]
+    corners = torch.cartesian_prod(*[torch.arange(2, device="cpu")] * len(axes)).view(-1, len(axes))
+    jumps = (corners @ torch.tensor(values.stride()[:-1], device="cpu")).to(values.device)
+    heights = values.view(-1)[first + jumps[:, None]].view(*[2] * len(axes), -1)
+    place = []
+    for axis, index in enumerate(block):
+        low, high = heights.movedim(axis, 0).reshape(2, len(corners) // 2, -1).amax(1)
+        place.append(2 * index + (high > low))
     return torch.stack([kernel, *place]), reached
 
 
