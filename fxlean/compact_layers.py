@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .compact_slots import Call
+from .compact_slots import Call, Kept, fill_up
 
-# Nanoseconds an element on two cores, from benchmarks/compaction.py; only ratios matter.
-MULTIPLY = 0.012  # one multiply-accumulate of a convolution
-PASS = 0.2  # reading an element and writing one
-GATHER = 0.25  # copying an element of a selection
-CALL = 8000.0  # calling one more operator
+# Nanoseconds on two cores; only their ratios matter. `benchmarks/layers.py` measures them.
+MULTIPLY = 0.01  # one multiply-accumulate of a convolution
+PASS = 0.2  # reading or writing an element
+GATHER = 0.8  # copying an element to a new tensor, of which nothing is in the cache yet
+CALL = 5000.0  # calling one more operator
 
 
 class Selected(nn.Module):
@@ -47,7 +47,7 @@ class Selected(nn.Module):
         if self.places is None:
             return x
         shape = (x.shape[0], self.channels, *x.shape[2:])
-        return x.new_zeros(shape).index_copy(1, self.places, x)
+        return x.new_zeros(shape).index_copy_(1, self.places, x)
 
     def extra_repr(self) -> str:
         """How many channels are read and written."""
@@ -74,7 +74,7 @@ class Part:
     alive: Tensor
 
 
-def part_of(calls: Sequence[Call], kept: Callable[[Tensor], Tensor]) -> Part:
+def part_of(calls: Sequence[Call], kept: Kept) -> Part:
     """What is left of a layer, from its applications and the slots that are kept."""
     wanted = kept(calls[0].result.slots)
     alive = torch.stack([wanted & ~call.result.zero for call in calls]).any(0)
@@ -84,25 +84,31 @@ def part_of(calls: Sequence[Call], kept: Callable[[Tensor], Tensor]) -> Part:
 
 def shrink(module: nn.Module, part: Part) -> nn.Module:
     """The layer cut to size: the module, changed in place, or a `Selected` around it."""
-    options = _dense_options(part) if part.calls[0].groups == 1 else _grouped_options(part)
-    rows, columns = min(options, key=lambda option: _cost(module, part, *option))
+    rows, columns = min(_options(part), key=lambda option: _option_cost(part, *option))
     narrow(module, rows, columns, part.calls[0].groups)
     return _select(module, part, rows, columns)
 
 
-def _dense_options(part: Part) -> list[tuple[Tensor, Tensor]]:
-    """Rows and columns to compute, where any columns can go with any rows."""
+def cost(part: Part) -> float:
+    """Estimated nanoseconds of a layer in its best form, selections included."""
+    return min(_option_cost(part, *option) for option in _options(part))
+
+
+def _options(part: Part) -> list[tuple[Tensor, Tensor]]:
+    """Rows and columns to compute, the widest first."""
+    groups = part.calls[0].groups
+    if groups > 1:
+        return _grouped_options(part, groups)
     return [
         (rows, columns)
-        for rows in (part.wanted, part.alive)
-        for columns in (part.present, part.used)
+        for rows in (part.wanted, fill_up(part.alive, part.wanted))
+        for columns in (part.present, fill_up(part.used, part.present))
         if rows.any() and columns.any()
     ]
 
 
-def _grouped_options(part: Part) -> list[tuple[Tensor, Tensor]]:
+def _grouped_options(part: Part, groups: int) -> list[tuple[Tensor, Tensor]]:
     """Rows and columns to compute in groups, of which each is left whole or taken out."""
-    groups = part.calls[0].groups
     height, width = len(part.wanted) // groups, len(part.present) // groups
     present = part.present.reshape(groups, width).any(1)
     options = []
@@ -113,22 +119,18 @@ def _grouped_options(part: Part) -> list[tuple[Tensor, Tensor]]:
     return options
 
 
-def _cost(module: nn.Module, part: Part, rows: Tensor, columns: Tensor) -> float:
-    """Estimated nanoseconds of a layer on these rows and columns, its surroundings included."""
+def _option_cost(part: Part, rows: Tensor, columns: Tensor) -> float:
+    """Estimated nanoseconds of a layer on these rows and columns."""
     before = sum(call.size[0] for call in part.calls)
     after = sum(call.size[1] for call in part.calls)
-    count, width = int(rows.sum()), int(columns.sum())
+    first, count, width = part.calls[0], int(rows.sum()), int(columns.sum())
+    kernels = count * (width if first.groups == 1 else first.alive.shape[1])
     total = PASS * (before * width + after * count)
-    weight = module.weight
-    if isinstance(weight, Tensor) and weight.dim() > 1:
-        # A transposed convolution works on the elements of its source, others on the result's.
-        size = before if getattr(module, "transposed", False) else after
-        kernels = count * width / part.calls[0].groups
-        total += MULTIPLY * weight[0, 0].numel() * size * kernels
+    total += MULTIPLY * kernels * sum(call.work for call in part.calls)
     if not torch.equal(columns, part.present):
         total += CALL + GATHER * before * width
     if not torch.equal(rows, part.wanted):
-        total += 2 * CALL + GATHER * after * (int(part.wanted.sum()) + count)
+        total += 2 * CALL + GATHER * after * int(part.wanted.sum())
     return total
 
 

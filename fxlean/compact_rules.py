@@ -139,7 +139,11 @@ def _convolution(step: Step) -> Value | None:
         return None
     alive = step.constant(weight).flatten(2).ne(0).any(2).cpu()
     alive = alive.T if transposed else alive
-    return _connect(step, layer, step.argument("input"), alive, bias, groups)
+    data = step.argument("input")
+    # A transposed convolution uses a kernel once for every position of what it reads.
+    positions = data.meta["val"].shape[2:] if transposed else torch.Size(step.shapes[0][2:])
+    work = positions.numel() * weight.meta["val"].shape[2:].numel()
+    return _connect(step, layer, data, alive, bias, groups, work)
 
 
 def _linear(step: Step) -> Value | None:
@@ -153,11 +157,17 @@ def _linear(step: Step) -> Value | None:
     layer = _layer(step, weight, bias)
     if layer is None:
         return None
-    return _connect(step, layer, data, step.constant(weight).ne(0).cpu(), bias, 1)
+    return _connect(step, layer, data, step.constant(weight).ne(0).cpu(), bias, 1, 1)
 
 
 def _connect(
-    step: Step, layer: str, data: fx.Node, alive: Tensor, bias: fx.Node | None, groups: int
+    step: Step,
+    layer: str,
+    data: fx.Node,
+    alive: Tensor,
+    bias: fx.Node | None,
+    groups: int,
+    work: int,
 ) -> Value:
     """The result of a layer whose weights that are not zero are `alive`."""
     source, rows = step.env[data], len(alive)
@@ -172,7 +182,7 @@ def _connect(
     if groups > 1:
         step.slots.link_groups(source.slots, groups)
         step.slots.link_groups(result.slots, groups)
-    _record(step, layer, data, result, alive, groups)
+    _record(step, layer, data, result, alive, groups, work)
     return result
 
 
@@ -190,17 +200,17 @@ def _batch_norm(step: Step) -> tuple[Value | None, ...] | None:
     deviation = (step.constant(variance) + step.argument("eps", "epsilon")).sqrt().cpu()
     at_zero = shift - step.constant(mean).cpu() * scale / deviation
     result = Value(step.slots.new(len(alive)), ~alive | (source.zero & (at_zero == 0)))
-    _record(step, layer, step.argument("input"), result, alive[:, None], len(alive))
+    _record(step, layer, step.argument("input"), result, alive[:, None], len(alive), 0)
     return (result, *[None] * (len(step.shapes) - 1))
 
 
 def _record(
-    step: Step, layer: str, data: fx.Node, result: Value, alive: Tensor, groups: int
+    step: Step, layer: str, data: fx.Node, result: Value, alive: Tensor, groups: int, work: int
 ) -> None:
     source = step.env[data]
     assert source is not None
     size = (data.meta["val"].shape[2:].numel(), torch.Size(step.shapes[0][2:]).numel())
-    step.slots.calls.append(Call(layer, source, result, alive, groups, size))
+    step.slots.calls.append(Call(layer, source, result, alive, groups, size, work))
 
 
 def _pointwise(step: Step) -> Value | None:

@@ -8,13 +8,15 @@ can be cut to size. Whatever else reads or writes a value pins its slots: they s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+Kept = Callable[[Tensor], Tensor]  # from slot numbers to True where they are kept
+WIDTH = 16  # channels that vector units and tensor cores take at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +42,7 @@ class Call:
         alive: shape (rows, columns of a group), True where the weight is not zero.
         groups: of the layer; a batch norm has one for each channel.
         size: elements of one channel in the source, and in the result.
+        work: multiply-accumulates of one kernel; 0 for a batch norm.
     """
 
     layer: str
@@ -48,6 +51,12 @@ class Call:
     alive: Tensor
     groups: int
     size: tuple[int, int]
+    work: int
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether every channel of the result depends on its own channel of the source alone."""
+        return self.groups == len(self.alive) == len(self.source.slots)
 
     def columns_read(self, rows: Tensor) -> Tensor:
         """The source channels that these rows (True where wanted) depend on, shape (columns,)."""
@@ -99,9 +108,14 @@ class Slots:
         """Never remove these slots."""
         self._pinned.append(slots)
 
-    def solve(self, pinned: bool = False) -> Callable[[Tensor], Tensor]:
-        """A function from slots to whether they must be kept; all of them if `pinned`."""
-        label = torch.from_numpy(self._components())
+    def solve(self, tied: Collection[str] = (), *, pinned: bool = False) -> Kept:
+        """Which slots must be kept.
+
+        Args:
+            tied: diagonal layers that keep the same channels of source and result.
+            pinned: keep all slots, so that layers only change inside.
+        """
+        label = self.components(tied)
         kept = torch.full((int(label.max()) + 1 if len(label) else 0,), pinned)
         for slots in self._pinned:
             kept[label[slots]] = True
@@ -117,20 +131,34 @@ class Slots:
                     row, column = _at_least_one(call, rows, present)
                     kept[label[call.result.slots[row]]] = True
                     kept[label[call.source.slots[column]]] = True
+                elif call.groups == 1 or call.diagonal:
+                    kept[label[call.result.slots[fill_up(rows, ~rows)]]] = True
         return lambda slots: kept[label[slots]]
 
-    def _components(self) -> np.ndarray:
-        """The number of the connected component of every slot."""
+    def components(self, tied: Collection[str] = ()) -> Tensor:
+        """The number of the connected component of every slot, with some layers tied."""
         nothing = torch.zeros(0, dtype=torch.int64)
-        left = torch.cat([nothing, *(pair[0] for pair in self._links)]).numpy()
-        right = torch.cat([nothing, *(pair[1] for pair in self._links)]).numpy()
+        ties = [(c.source.slots, c.result.slots) for c in self.calls if c.layer in tied]
+        links = [(nothing, nothing), *self._links, *ties]
+        left, right = (torch.cat(side).numpy() for side in zip(*links, strict=True))
         shape = (self._count, self._count)
         import scipy.sparse.csgraph  # here, because it takes a third of the time to import fxlean
 
-        links = scipy.sparse.coo_array((np.ones(len(left)), (left, right)), shape=shape)
-        _, component = scipy.sparse.csgraph.connected_components(links, directed=False)
-        numbers: NDArray[np.int64] = component.astype(np.int64)
-        return numbers
+        matrix = scipy.sparse.coo_array((np.ones(len(left)), (left, right)), shape=shape)
+        _, component = scipy.sparse.csgraph.connected_components(matrix, directed=False)
+        return torch.from_numpy(component.astype(np.int64))
+
+
+def fill_up(chosen: Tensor, among: Tensor) -> Tensor:
+    """The chosen channels, and a few others of those given where it makes a multiple of `WIDTH`.
+
+    A convolution of 255 channels takes longer than one of 256, up to twice as long if depthwise.
+    """
+    count, others = int(chosen.sum()), among & ~chosen
+    missing = -count % WIDTH
+    if 8 * missing > count:
+        return chosen
+    return chosen | (others & (others.cumsum(0) <= missing))
 
 
 def _at_least_one(call: Call, rows: Tensor, present: Tensor) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from .compact_layers import part_of, shrink
+from .compact_plan import choose_slots, layers_of
 from .compact_rewrite import rewritten
-from .compact_slots import Call
 from .compact_walk import walk
 from .errors import ArgumentError, CompactionError
 from .masks import RefreshMasks
@@ -136,14 +136,12 @@ def _compacted(bare: nn.Module, trace: Trace, *, reshape: bool, pinned: bool) ->
     """
     with torch.no_grad():
         slots = walk(bare, trace, reshape=reshape)
-    kept = slots.solve(pinned)
+    layers = layers_of(slots)
+    kept = slots.solve(pinned=True) if pinned else choose_slots(slots, layers)
     result = _copy(bare)
-    calls: dict[str, list[Call]] = {}
-    for call in slots.calls:
-        calls.setdefault(call.layer, []).append(call)
-    for name, group in calls.items():
+    for name, calls in layers.items():
         module = result.get_submodule(name)
-        smaller = shrink(module, part_of(group, kept))
+        smaller = shrink(module, part_of(calls, kept))
         if smaller is not module:
             _replace(result, module, smaller)
     return result
