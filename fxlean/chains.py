@@ -29,11 +29,11 @@ from __future__ import annotations
 
 from math import log2
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from .graph import ChannelGraph
+from .jit import inlined, jit
 
 _NONE = -np.inf  # the logarithm of a length that does not exist
 _BELOW = -1e-300  # just below 0: whatever exceeds it is a product of at least 1
@@ -156,7 +156,7 @@ def _records(graph: ChannelGraph) -> NDArray[np.void]:
     return channels
 
 
-@numba.njit(cache=True, inline="always")
+@inlined
 def log2_ceiling(bits):
     """Upper bound of the logarithm of a float32 length, given its bits; 0.0861 too much at most.
 
@@ -166,7 +166,7 @@ def log2_ceiling(bits):
     return (bits - 0x3F800000) * 2.0**-23 + 0.0861
 
 
-@numba.njit(cache=True)
+@jit
 def _maximum_lengths(sizes, length_start, kernel_start, lengths, scores):
     """Write into `scores` the largest length over all edges of each kernel."""
     for v in range(len(sizes)):
@@ -177,7 +177,7 @@ def _maximum_lengths(sizes, length_start, kernel_start, lengths, scores):
                     scores[start + j] = lengths[first + j]
 
 
-@numba.njit(cache=True)
+@jit
 def _extract(channels, sources, lengths, bits, taken, budget, heads):
     """Extract longest chains until `budget` kernels are taken; returns how many chains.
 
@@ -227,7 +227,7 @@ def _extract(channels, sources, lengths, bits, taken, budget, heads):
     return chains
 
 
-@numba.njit(cache=True)
+@jit
 def _take(channels, v, values, taken):
     """Take the kernels of the chain that ends at channel v; returns how many."""
     count = 0
@@ -240,7 +240,7 @@ def _take(channels, v, values, taken):
     return count
 
 
-@numba.njit(cache=True)
+@jit
 def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
     """Bring the chain that ends at channel v up to date, from its start to its end.
 
@@ -294,7 +294,7 @@ def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
     return -1
 
 
-@numba.njit(cache=True)
+@jit
 def _lower_bound(c, values, sources, groups):
     """Lower the largest source value of a row to what it is now; False if it is already."""
     group = groups[c.group]
@@ -308,7 +308,7 @@ def _lower_bound(c, values, sources, groups):
     return True
 
 
-@numba.njit(cache=True)
+@jit
 def _compare_row(c, v, values, sources, lengths, bits, taken):
     """Evaluate channel v from all edges of its row."""
     prunable, start, first, kernel = c.prunable, c.source_start, c.length_start, c.kernel_start
@@ -331,7 +331,7 @@ def _compare_row(c, v, values, sources, lengths, bits, taken):
         values[0, v], values[1, v] = most, most
 
 
-@numba.njit(cache=True)
+@jit
 def _sort_head(c, lengths, bits, taken, heads, used):
     """Sort the edges of at least the cutoff, longest first, of equal ones the first first.
 
@@ -368,7 +368,7 @@ def _sort_head(c, lengths, bits, taken, heads, used):
     return used
 
 
-@numba.njit(cache=True)
+@jit
 def _sift_down(heap, first, count, place):
     """Restore heap `first:first + count` below a place: larger keys, then smaller ids on top."""
     key, name = heap[first + place].key, heap[first + place].id

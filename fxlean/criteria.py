@@ -1,6 +1,7 @@
 """The pruning methods: graph and budget in, keep mask out; one signature for all.
 
-`METHODS` is the list of methods, and the documentation prints it.
+`METHODS` is the list of methods, and the documentation prints it. What needs numba is imported
+inside the functions, see `jit`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from .chains import fill_largest, kernel_scores, longest_chains
 from .graph import ChannelGraph
-from .paths import complete_paths
 
 Select = Callable[[ChannelGraph, int, np.random.Generator], tuple[NDArray[np.bool_], int]]
 
@@ -42,6 +41,8 @@ def _lean(
     graph: ChannelGraph, budget: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.bool_], int]:
     """Kernels on the longest chains."""
+    from .chains import longest_chains
+
     return longest_chains(graph, budget)
 
 
@@ -49,6 +50,8 @@ def _path(
     graph: ChannelGraph, budget: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.bool_], int]:
     """Kernels on the longest complete chains."""
+    from .paths import complete_paths
+
     return complete_paths(graph, budget)
 
 
@@ -56,6 +59,8 @@ def _largest(
     graph: ChannelGraph, budget: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.bool_], int]:
     """Kernels of largest length, exactly `budget` of them."""
+    from .chains import fill_largest, kernel_scores
+
     keep = np.zeros(graph.num_kernels, dtype=bool)
     fill_largest(keep, graph.alive, kernel_scores(graph), budget)
     return keep, 0
@@ -65,6 +70,8 @@ def _random(
     graph: ChannelGraph, budget: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.bool_], int]:
     """Kernels drawn uniformly, exactly `budget` of them."""
+    from .chains import fill_largest
+
     keep = np.zeros(graph.num_kernels, dtype=bool)
     fill_largest(keep, graph.alive, rng.random(graph.num_kernels), budget)
     return keep, 0

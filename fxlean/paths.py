@@ -22,12 +22,12 @@ from __future__ import annotations
 
 from math import log2
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from .chains import fill_largest, kernel_scores, log2_ceiling
 from .graph import ChannelGraph, Kind
+from .jit import jit
 
 _NONE = -np.inf  # the logarithm of a length that does not exist
 _LIVE, _PRODUCT, _DEAD = np.uint8(Kind.LIVE), np.uint8(Kind.PRODUCT), np.uint8(Kind.DEAD)
@@ -93,7 +93,7 @@ def _descending(through: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     return largest[np.argsort(np.negative(values, out=values), kind="stable")]
 
 
-@numba.njit(cache=True)
+@jit
 def _forward(sizes, source_start, kernel_start, sources, length_start, lengths, bits, alive, kinds):
     """Logarithm of the longest chain into every channel, and the edge of its row it ends with."""
     n = len(sizes)
@@ -119,7 +119,7 @@ def _forward(sizes, source_start, kernel_start, sources, length_start, lengths, 
     return forward, previous
 
 
-@numba.njit(cache=True)
+@jit
 def _backward(
     sizes,
     source_start,
@@ -168,7 +168,7 @@ def _backward(
     return through, row, following, following_edge
 
 
-@numba.njit(cache=True)
+@jit
 def _complete(
     sizes,
     source_start,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from .channels import Wired, wire
 from .criteria import METHODS
 from .errors import ArgumentError
-from .graph import ChannelGraph, used_kernels, zero_channels
+from .graph import ChannelGraph
 from .lengths import fill_lengths
 from .masks import apply_masks, parameter_masks
 from .norms import ORDERS
@@ -26,6 +28,7 @@ from .report import LayerCount, PruneResult, by_reason, some, times
 from .tracing import Trace, trace_model
 
 STAGES = ("trace", "norms", "select", "masks")
+DELAY = 1.0  # seconds before progress is shown
 
 
 class PruneWarning(UserWarning):
@@ -84,7 +87,10 @@ def prune(
     _check(model, ratio, method, norm)
     model = unwrapped(model)
     chosen = METHODS[method]
-    with _Stages(progress) as stages:
+    from .jit import when_compiling  # here, because numba takes long to import
+    from .liveness import used_kernels, zero_channels
+
+    with _paused_collection(), _Stages(progress) as stages, when_compiling(stages.compiling):
         stages.start("trace")
         trace = trace_model(model, example_inputs)
         wired, prunable = _wired(model, trace, ignore, prune_outputs, include_linear)
@@ -92,8 +98,7 @@ def prune(
         order = chosen.norm or norm
         graph = fill_lengths(prunable.graph, wired.wiring, order, fold=chosen.fold)
         stages.start("select")
-        budget = int(ratio * graph.num_kernels)
-        keep, chains = chosen.select(graph, budget, _generator(method))
+        keep, chains = chosen.select(graph, int(ratio * graph.num_kernels), _generator(method))
         selected = int(keep.sum())
         if redundancy:
             keep = used_kernels(graph, keep)
@@ -164,9 +169,10 @@ def trace(
     """
     _check(model, 1.0, "lean", norm)
     model = unwrapped(model)
-    traced = trace_model(model, example_inputs)
-    wired, prunable = _wired(model, traced, ignore, prune_outputs, include_linear)
-    return fill_lengths(prunable.graph, wired.wiring, norm)
+    with _paused_collection():
+        traced = trace_model(model, example_inputs)
+        wired, prunable = _wired(model, traced, ignore, prune_outputs, include_linear)
+        return fill_lengths(prunable.graph, wired.wiring, norm)
 
 
 def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
@@ -238,6 +244,18 @@ def _wired(
     return wired, prunable
 
 
+@contextmanager
+def _paused_collection() -> Iterator[None]:
+    """No garbage collection: it would look at all objects of torch, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _generator(method: str) -> np.random.Generator:
     """Random numbers that follow `torch.manual_seed`; other methods leave torch's RNG alone."""
     seed = int(torch.randint(2**62, ())) if method == "random" else 0
@@ -277,9 +295,14 @@ class _Stages:
         self.seconds: dict[str, float] = {}
         disable = None if progress is None else not progress
         self._bar = tqdm(
-            total=len(STAGES), desc="fxlean", delay=1.0, leave=False, disable=disable, unit="stage"
+            total=len(STAGES),
+            bar_format="{desc} |{bar}| {n}/{total} [{elapsed}]",
+            delay=DELAY,
+            leave=False,
+            disable=disable,
         )
         self._current: str | None = None
+        self._began = time.perf_counter()
 
     def __enter__(self) -> _Stages:
         return self
@@ -288,7 +311,14 @@ class _Stages:
         """Begin a stage, which ends the one before."""
         self._stop()
         self._current, self._since = stage, time.perf_counter()
-        self._bar.set_postfix_str(stage)
+        self._show(stage, now=self._since - self._began > DELAY)
+
+    def compiling(self) -> None:
+        """Say why this stage takes longer than it will the next time."""
+        self._show(f"{self._current}, compiling for the first time", now=True)
+
+    def _show(self, text: str, *, now: bool) -> None:
+        self._bar.set_description_str(f"fxlean: {text}", refresh=now)
 
     def _stop(self) -> None:
         if self._current is not None:

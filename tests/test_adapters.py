@@ -21,7 +21,8 @@ from adapters.msd import MSD, msd_graph
 from adapters.resnet50 import fcn_graph, resnet_graph
 from adapters.unet4 import UNet4, unet4_graph
 from fxlean.criteria import METHODS
-from fxlean.graph import ChannelGraph, used_kernels, zero_channels
+from fxlean.graph import ChannelGraph
+from fxlean.liveness import used_kernels, zero_channels
 from fxlean.pruning import _generator
 from tests.zoo import randomise_norms
 

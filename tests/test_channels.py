@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from fxlean.graph import zero_channels
+from fxlean.liveness import zero_channels
 from tests.oracles import changed_kernel, differing, observe, reach, read
 from tests.strategies import networks
 from tests.zoo import ZOO, make

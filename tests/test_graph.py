@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxlean
-from fxlean.graph import ChannelGraph, Kind, Layer, used_kernels, zero_channels
+from fxlean.graph import ChannelGraph, Kind, Layer
+from fxlean.liveness import used_kernels, zero_channels
 from tests.zoo import ZOO, make
 
 

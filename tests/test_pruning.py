@@ -1,6 +1,7 @@
 """Laws of `prune` and `iterate` over the zoo and over random networks."""
 
 import copy
+import gc
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxlean
 from fxlean.criteria import METHODS
-from fxlean.graph import used_kernels, zero_channels
+from fxlean.liveness import used_kernels, zero_channels
 from tests.oracles import changed_kernel, observe, read
 from tests.strategies import networks
 from tests.zoo import ZOO, make
@@ -265,3 +266,18 @@ def test_results_print_and_serialise():
     assert "opaque: aten.bmm" in text
     assert json.loads(json.dumps(result.to_dict()))["ratio"] == result.ratio
     assert set(result.timings) == {"trace", "norms", "select", "masks"}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_collection_is_as_it_was_after_a_call_and_after_an_error(enabled):
+    model, inputs = make("plain")
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        fxlean.prune(model, 0.5, inputs)
+        assert gc.isenabled() == enabled
+        with pytest.raises(fxlean.ArgumentError, match="rejects"):
+            fxlean.prune(model, 0.5, torch.zeros(1, 77, 8, 8))
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

@@ -9,7 +9,8 @@ from torch import fx, nn
 import fxlean
 from fxlean import movements, rules
 from fxlean.flows import make_flow
-from fxlean.graph import Kind, zero_channels
+from fxlean.graph import Kind
+from fxlean.liveness import zero_channels
 from fxlean.rules import RULES, register, rule_for
 from tests.sites import CHANNELS, Data, integers, place
 
