@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
 import fxlean
+from adapters.unet4 import UNet4
 from fxlean.compaction import compact
 from fxlean.costs import report
 
@@ -67,6 +73,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "msd50": (MixedScaleDense, (1, 256)),
     "resnet50": (classifier("resnet50"), (3, 224)),
     "fcn_resnet50": (segmentation("fcn_resnet50"), (3, 224)),
+    "unet4": (lambda: UNet4(3, 5, width=32), (3, 256)),
     "densenet121": (classifier("densenet121"), (3, 224)),
     "mobilenet_v2": (classifier("mobilenet_v2"), (3, 224)),
     "efficientnet_b0": (classifier("efficientnet_b0"), (3, 224)),
@@ -90,27 +97,28 @@ def medians(networks: list[nn.Module], x: Tensor, runs: int) -> list[float]:
     return [statistics.median(times) for times in seconds]
 
 
-def measure(name: str, ratio: float, method: str, options: argparse.Namespace) -> str:
-    """One row of the table."""
+def measure(name: str, options: argparse.Namespace) -> Iterator[str]:
+    """The rows of the table for one network."""
     build, (channels, size) = MODELS[name]
     torch.manual_seed(0)
-    model = build().eval().to(options.device)
+    dense = build().eval().to(options.device)
     x = torch.randn(options.batch, channels, size, size, device=options.device)
-    dense = copy.deepcopy(model)
-    result = fxlean.prune(model, ratio, x, method=method)
-    start = time.perf_counter()
-    small = compact(model, x)
-    seconds = time.perf_counter() - start
-    before, after = report(dense, x), report(small, x)
-    networks = [dense, small]
-    if options.compiled:
-        networks = [torch.compile(network) for network in networks]
-    slow, fast = medians(networks, x, options.runs)
-    return (
-        f"| {name} | {method} | {ratio:g} | {result.ratio:.1%} "
-        f"| {after.parameters / before.parameters:.1%} | {after.macs / before.macs:.1%} "
-        f"| {slow * 1e3:.1f} | {fast * 1e3:.1f} | {slow / fast:.2f} | {seconds:.1f} |"
-    )
+    before = report(dense, x)
+    ready: Callable[[nn.Module], nn.Module] = torch.compile if options.compiled else lambda m: m
+    first = ready(copy.deepcopy(dense))
+    for method, ratio in itertools.product(options.methods, options.ratios):
+        model = copy.deepcopy(dense)
+        result = fxlean.prune(model, ratio, x, method=method)
+        start = time.perf_counter()
+        small = compact(model, x)
+        seconds = time.perf_counter() - start
+        after = report(small, x)
+        slow, fast = medians([first, ready(small)], x, options.runs)
+        yield (
+            f"| {name} | {method} | {ratio:g} | {result.ratio:.1%} "
+            f"| {after.parameters / before.parameters:.1%} | {after.macs / before.macs:.1%} "
+            f"| {slow * 1e3:.1f} | {fast * 1e3:.1f} | {slow / fast:.2f} | {seconds:.1f} |"
+        )
 
 
 def main() -> None:
@@ -130,9 +138,8 @@ def main() -> None:
     )
     print("| speed-up | compaction s |\n|" + "---|" * 10)
     for name in options.models:
-        for method in options.methods:
-            for ratio in options.ratios:
-                print(measure(name, ratio, method, options), flush=True)
+        for row in measure(name, options):
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

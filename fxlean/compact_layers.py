@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from .compact_slots import Call, Kept, fill_up
 
-# Nanoseconds on two cores; only their ratios matter. `benchmarks/layers.py` measures them.
+# Nanoseconds on two cores; only their ratios matter. `benchmarks/layers.py costs` measures them.
 MULTIPLY = 0.01  # one multiply-accumulate of a convolution
 PASS = 0.2  # reading or writing an element
 GATHER = 0.8  # copying an element to a new tensor, of which nothing is in the cache yet
-CALL = 5000.0  # calling one more operator
+CALL = 10000.0  # calling one more operator
 
 
 class Selected(nn.Module):
