@@ -16,7 +16,7 @@ import copy
 import csv
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -135,26 +135,58 @@ def write_points(points: Sequence[Point]) -> None:
             writer.writerow(asdict(short))
 
 
-def accuracies(points: Sequence[Point], mode: str, method: str, ratio: float) -> np.ndarray:
-    """Of all seeds."""
+def column(
+    points: Sequence[Point], mode: str, method: str, ratio: float, field: str = "accuracy"
+) -> np.ndarray:
+    """What was measured for all seeds, in their order."""
     wanted = (mode, method, ratio)
-    return np.array([p.accuracy for p in points if (p.mode, p.method, p.ratio) == wanted])
+    chosen = [p for p in points if (p.mode, p.method, p.ratio) == wanted]
+    return np.array([getattr(p, field) for p in sorted(chosen, key=lambda p: p.seed)])
 
 
-def format_table(points: Sequence[Point], mode: str) -> str:
-    """Mean and standard deviation over the seeds, a line for each ratio."""
-    seeds = len({point.seed for point in points})
-    lines = [
-        f"**{mode}**, mean ± standard deviation over {seeds} seeds:",
-        "",
-        f"| ratio | {' | '.join(METHODS)} |",
-        f"|---|{'---|' * len(METHODS)}",
-    ]
-    for ratio in (1.0, *RATIOS):
-        found = [accuracies(points, mode, method, ratio) for method in METHODS]
-        cells = [f"{values.mean():.3f} ± {values.std(ddof=1):.3f}" for values in found]
-        lines.append(f"| {ratio:g} | {' | '.join(cells)} |")
+def format_table(
+    title: str, ratios: Sequence[float], methods: Sequence[str], cell: Callable[[str, float], str]
+) -> str:
+    """A line for each ratio and a column for each method."""
+    lines = [f"{title}:", "", f"| ratio | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"]
+    for ratio in ratios:
+        cells = " | ".join(cell(method, ratio) for method in methods)
+        lines.append(f"| {ratio:g} | {cells} |")
     return "\n".join(lines)
+
+
+def format_mode(points: Sequence[Point], mode: str) -> str:
+    """Accuracies, kernels left, and how often `lean` is ahead."""
+    seeds = len({point.seed for point in points})
+
+    def accuracy(method: str, ratio: float) -> str:
+        values = column(points, mode, method, ratio)
+        return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
+
+    def kept(method: str, ratio: float) -> str:
+        return f"{column(points, mode, method, ratio, 'kept').mean():.3f}"
+
+    def wins(method: str, ratio: float) -> str:
+        ahead = column(points, mode, "lean", ratio) - column(points, mode, method, ratio)
+        return f"{(ahead > 0).sum()} : {(ahead < 0).sum()}"
+
+    title = f"**{mode}**, mean ± standard deviation of the accuracy over {seeds} seeds"
+    others = [method for method in METHODS if method != "lean"]
+    return "\n\n".join(
+        [
+            format_table(title, (1.0, *RATIOS), list(METHODS), accuracy),
+            format_table("Kernels that are left, mean", RATIOS, list(METHODS), kept),
+            format_table("Seeds in which `lean` is better : worse", RATIOS, others, wins),
+        ]
+    )
+
+
+def background(points: Sequence[Point]) -> str:
+    """What a network would reach that always says background."""
+    seeds = sorted({point.seed for point in points})
+    labels = [make_data(SCALES["small"], seed)["test"][1] for seed in seeds]
+    share = float(np.mean([float((label == 0).float().mean()) for label in labels]))
+    return f"A network that says background everywhere is right on {share:.3f} of the pixels."
 
 
 def draw(points: Sequence[Point], mode: str, path: Path) -> None:
@@ -162,13 +194,15 @@ def draw(points: Sequence[Point], mode: str, path: Path) -> None:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for method in METHODS:
-        found = [accuracies(points, mode, method, ratio) for ratio in (1.0, *RATIOS)]
+        found = [column(points, mode, method, ratio) for ratio in (1.0, *RATIOS)]
         mean = np.array([values.mean() for values in found])
         spread = np.array([values.std(ddof=1) for values in found])
         (line,) = axes.plot((1.0, *RATIOS), mean, marker=".", label=method)
         color = line.get_color()
         axes.fill_between((1.0, *RATIOS), mean - spread, mean + spread, color=color, alpha=0.15)
     axes.set(xscale="log", xlabel="fraction of kernels kept", ylabel="pixel accuracy", title=mode)
+    axes.set_xticks((1.0, *RATIOS), labels=[f"{ratio:g}" for ratio in (1.0, *RATIOS)])
+    axes.minorticks_off()
     axes.invert_xaxis()
     axes.legend()
     with replacing(path) as partial:
@@ -183,7 +217,7 @@ def publish(points: Sequence[Point]) -> None:
     _, found, after = rest.partition(MARKS[1])
     if not found:
         raise SystemExit(f"{PAGE} has no {MARKS[0]} ... {MARKS[1]} for the tables to go to.")
-    tables = "\n\n".join(format_table(points, mode) for mode in MODES)
+    tables = "\n\n".join([background(points), *(format_mode(points, mode) for mode in MODES)])
     with replacing(PAGE) as partial:
         partial.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}")
 
