@@ -26,7 +26,7 @@ def walk(model: nn.Module, trace: Trace, *, reshape: bool) -> Slots:
             they do unless the code has sizes written into it.
     """
     slots = Slots()
-    layers = _owners(model, trace)
+    layers = owners_of(model, trace)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for piece in trace.pieces:
         placeholders = [node for node in piece.graph.graph.nodes if node.op == "placeholder"]
@@ -48,7 +48,7 @@ def walk(model: nn.Module, trace: Trace, *, reshape: bool) -> Slots:
     return slots
 
 
-def _owners(model: nn.Module, trace: Trace) -> dict[str, str]:
+def owners_of(model: nn.Module, trace: Trace) -> dict[str, str]:
     """The layer that owns a parameter or buffer, where it is the only one and is called."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():

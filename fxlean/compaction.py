@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
+from .compact_fold import fold, is_frozen
 from .compact_layers import part_of, shrink
 from .compact_plan import choose_slots, layers_of
 from .compact_rewrite import rewritten
@@ -33,7 +34,9 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 
     Channels are removed for good wherever everything that shares their place is dead; elsewhere
     a layer reads just the channels that it still uses. Masks become permanent. The result can
-    be trained, saved, compiled and exported like the original, whose code it runs.
+    be trained, saved, compiled and exported like the original, whose code it runs. In a model
+    with nothing to train (`model.eval().requires_grad_(False)`), batch norms are folded into the
+    convolutions before them.
 
     Args:
         model: pruned by `prune`, or by anything else that sets weights to zero; not changed.
@@ -81,6 +84,16 @@ def _grouped(model: nn.Module) -> int:
 
 def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
     """Ever more careful candidates, down to the model without masks."""
+    if is_frozen(bare):
+        folded = _copy(bare)
+        if fold(folded, trace):
+            yield from _cut(folded, trace_model(folded, arguments), arguments)
+    yield from _cut(bare, trace, arguments)
+    yield bare
+
+
+def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
+    """Candidates with fewer channels, the smallest first."""
     with torch.no_grad():
         slots = walk(bare, trace, reshape=True)
     if slots.strangers:
@@ -92,13 +105,12 @@ def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iter
                 f"the model cannot be rewritten ({type(err).__name__}: {str(err)[:200]}): they "
                 "keep their size. Make them nn.Conv2d modules, or the model exportable.",
                 CompactionWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         else:
             yield candidate
     for reshape, pinned in ((True, False), (False, False), (False, True)):
         yield _compacted(bare, trace, reshape=reshape, pinned=pinned)
-    yield bare
 
 
 def _rewritten(bare: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:

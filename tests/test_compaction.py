@@ -296,3 +296,40 @@ def test_what_cannot_be_rewritten_stays_and_is_named():
     with pytest.warns(CompactionWarning, match="belong to no layer"):
         small = compact(model, x)
     assert torch.equal(small(x), model(x))
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_batch_norms_fold_into_convolutions_where_nothing_is_to_be_trained(name):
+    model, inputs = pruned(name, 0.5, "path")
+    trainable = compact(model, inputs)
+    frozen = compact(model.requires_grad_(False), inputs)
+    assert worst_error(frozen(*inputs), model(*inputs)) < 1e-10
+
+    def norms(network):
+        return sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+
+    if name in {"plain", "residual", "concat", "depthwise", "transposed"}:
+        assert norms(frozen) == 0 < norms(trainable)
+    assert norms(frozen) <= norms(trainable)
+
+
+def test_batch_norms_stay_where_something_else_reads_the_convolution_or_they_do_more():
+    class Peeking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.last = conv(3, 4), nn.BatchNorm2d(4), conv(4, 2)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.last(self.norm(y) * y.sigmoid())
+
+    class Doubling(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    doubling = nn.Sequential(conv(3, 4), Doubling(4), conv(4, 2))
+    x = torch.randn(1, 3, 8, 8)
+    for model in (Peeking(), doubling):
+        frozen = compact(model.eval().requires_grad_(False), x)
+        assert any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
+        assert worst_error(frozen(x), model(x)) < 1e-5
