@@ -68,7 +68,19 @@ def run_fxlean(name: str, method: str) -> dict[str, Any]:
         lambda: results.append(fxlean.prune(model, 0.1, method=method))
     )
     edges = fxlean.trace(torchvision.models.get_model(name, weights=None), norm="l1").num_edges
-    return numbers | {"timings": dict(results[0].timings), "edges": edges}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return numbers | {
+        "timings": dict(results[0].timings),
+        "edges": edges,
+        "parameters": parameters,
+    }
+
+
+def run_memory(megabytes: str, method: str) -> dict[str, Any]:
+    """Writing to so much memory for the first time in a process."""
+    import numpy as np
+
+    return dict(measured(lambda: np.ones(int(float(megabytes) * 1e6), dtype=np.uint8)))
 
 
 def run_yardstick(name: str, method: str) -> dict[str, Any]:
@@ -110,7 +122,12 @@ def run_start(name: str, method: str) -> dict[str, Any]:
     return seconds
 
 
-RUNNERS = {"fxlean": run_fxlean, "yardstick": run_yardstick, "start": run_start}
+RUNNERS = {
+    "fxlean": run_fxlean,
+    "yardstick": run_yardstick,
+    "start": run_start,
+    "memory": run_memory,
+}
 
 
 def child(kind: str, name: str, method: str = "lean", **environment: str) -> dict[str, Any]:
@@ -150,13 +167,24 @@ def growth(picture: Path) -> None:
     import matplotlib.pyplot as plt
 
     points = []
-    print("| model | edges | seconds | MB | microseconds an edge | bytes an edge |")
-    print("|---|---|---|---|---|---|")
+    print("| model | edges | parameters | seconds | MB | ", end="")
+    print("us an edge | bytes an edge | us a parameter | bytes a parameter | first write (s) |")
+    print("|" + "---|" * 10)
     for name in GROWING:
         numbers = child("fxlean", name)
-        edges, seconds, megabytes = (numbers[key] for key in ("edges", "seconds", "megabytes"))
-        rates = f"{seconds / edges * 1e6:.3f} | {megabytes * 1e6 / edges:.1f}"
-        print(f"| {name} | {edges:,} | {seconds:.2f} | {megabytes:.0f} | {rates} |", flush=True)
+        edges, count, seconds, megabytes = (
+            numbers[key] for key in ("edges", "parameters", "seconds", "megabytes")
+        )
+        rates = " | ".join(
+            f"{seconds / units * 1e6:.3f} | {megabytes * 1e6 / units:.1f}"
+            for units in (edges, count)
+        )
+        writing = child("memory", str(megabytes))["seconds"]
+        print(
+            f"| {name} | {edges:,} | {count:,} | {seconds:.2f} | {megabytes:.0f} | {rates} "
+            f"| {writing:.2f} |",
+            flush=True,
+        )
         points.append((edges, seconds, megabytes))
     points.sort()
     edges, seconds, megabytes = zip(*points, strict=True)
@@ -165,6 +193,9 @@ def growth(picture: Path) -> None:
         axis.loglog(edges, values, "o-", label="fxlean.prune(model, 0.1)")
         axis.loglog(edges, [values[0] * e / edges[0] for e in edges], "--", label="proportional")
         axis.set(xlabel="edges", ylabel=label)
+        ticks = (2e6, 5e6, 10e6, 20e6, 50e6)
+        axis.set_xticks(ticks, labels=[f"{tick / 1e6:g} M" for tick in ticks])
+        axis.xaxis.minorticks_off()
         axis.legend()
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=120)
