@@ -4,7 +4,8 @@
 
 Dense and compacted network take turns, so that both see the same load of the machine; the
 speed-up is the quotient of the medians. Weights are random, with the batch norms of a network
-that has never been trained.
+that has never been trained, and so a method that cuts deep may leave nothing: such rows have no
+speed-up.
 """
 
 from __future__ import annotations
@@ -114,10 +115,11 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[str]:
         seconds = time.perf_counter() - start
         after = report(small, x)
         slow, fast = medians([first, ready(small)], x, options.runs)
+        gain = f"{slow / fast:.2f}" if result.kept else "nothing left"
         yield (
             f"| {name} | {method} | {ratio:g} | {result.ratio:.1%} "
             f"| {after.parameters / before.parameters:.1%} | {after.macs / before.macs:.1%} "
-            f"| {slow * 1e3:.1f} | {fast * 1e3:.1f} | {slow / fast:.2f} | {seconds:.1f} |"
+            f"| {slow * 1e3:.1f} | {fast * 1e3:.1f} | {gain} | {seconds:.1f} |"
         )
 
 
