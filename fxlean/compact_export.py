@@ -9,6 +9,7 @@ slices are not emitted at all: whoever reads them gathers its channels from wher
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -127,6 +128,8 @@ def _route(channels: Channels, node: fx.Node, packet: Any) -> Any:
     args: Any = node.args
     if packet in SAME:
         return channels.of[args[0]]
+    if packet is operator.getitem and args[0] in channels.made:
+        return channels.of[args[0]] if args[1] == 0 else None
     if packet is aten.cat:
         dim = args[1] if len(args) > 1 else 0
         whole = all(arg in channels.of and _like(arg, node) for arg in args[0])

@@ -20,7 +20,8 @@ CONVOLUTIONS: dict[Any, type[nn.Module]] = {
     aten.conv_transpose2d: nn.ConvTranspose2d,
     aten.conv_transpose3d: nn.ConvTranspose3d,
 }
-NORMS = {3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+BATCH_NORMS = frozenset({aten.batch_norm, aten._native_batch_norm_legit_no_training})
+NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,16 +76,17 @@ def layers_of(graph: fx.Graph, value: Callable[[fx.Node], Any]) -> dict[fx.Node,
             layer = _convolution(node, CONVOLUTIONS[packet], value)
         elif packet is aten.linear and node.meta["val"].dim() == 2:
             layer = _linear(node, value)
-        elif packet is aten.batch_norm:
+        elif packet in BATCH_NORMS:
             layer = _batch_norm(node, value)
         if layer is not None:
             found[node] = layer
-            weights.setdefault(_weight(node), []).append(node)
-    return {node: layer for node, layer in found.items() if len(weights[_weight(node)]) == 1}
+            weights.setdefault(weight_of(node), []).append(node)
+    return {node: layer for node, layer in found.items() if len(weights[weight_of(node)]) == 1}
 
 
-def _weight(node: Any) -> fx.Node:
-    weight: fx.Node = node.args[1]
+def weight_of(node: Any) -> fx.Node:
+    """The weight of a layer, or the running mean of a batch norm without one."""
+    weight: fx.Node = node.args[1] or node.args[3]
     return weight
 
 
@@ -139,24 +141,32 @@ def _filled(
     data: fx.Node, module: nn.Module, alive: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Layer:
     """The layer with its weights."""
-    module.weight = nn.Parameter(weight.detach().clone())
+    module.weight = _parameter(weight)
     constant = torch.zeros(len(alive), dtype=torch.bool)
     if bias is not None:
-        module.bias = nn.Parameter(bias.detach().clone())
+        module.bias = _parameter(bias)
         constant = bias.ne(0).cpu()
     return Layer(data, module, alive, constant)
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    """A parameter of these values, trained if what they come from is."""
+    return nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
 
 
 def _batch_norm(node: fx.Node, value: Callable[[fx.Node], Any]) -> Layer | None:
     arguments = arguments_of(node)
     names = ("weight", "bias", "running_mean", "running_var")
     weight, bias, mean, variance = (value(arguments[name]) for name in names)
-    rank = node.meta["val"].dim()
-    if weight is None or bias is None or mean is None or rank not in NORMS:
+    rank, affine = arguments["input"].meta["val"].dim(), arguments["weight"] is not None
+    if mean is None or rank not in NORMS or (affine and (weight is None or bias is None)):
         return None
-    module = NORMS[rank](len(mean), arguments["eps"], arguments["momentum"], device="meta")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        setattr(module, name, nn.Parameter(tensor.detach().clone()))
+    options = {name: arguments[name] for name in ("eps", "momentum")}
+    module = NORMS[rank](len(mean), **options, affine=affine, device="meta")
+    if affine:
+        module.weight, module.bias = _parameter(weight), _parameter(bias)
+    else:
+        weight, bias = torch.ones_like(mean), torch.zeros_like(mean)
     for name, tensor in (("running_mean", mean), ("running_var", variance)):
         module._buffers[name] = tensor.detach().clone()
     module._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device=mean.device)

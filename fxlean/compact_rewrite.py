@@ -14,7 +14,7 @@ from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
 from .compact_export import DROPPED, Channels, Made, follow, needed
-from .compact_modules import layers_of
+from .compact_modules import layers_of, weight_of
 
 aten = torch.ops.aten
 
@@ -38,6 +38,7 @@ def rewritten(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
         ).run_decompositions({})
         source = program.module()
     assert isinstance(source, fx.GraphModule)
+    source.graph.eliminate_dead_code()
     layers = layers_of(source.graph, _evaluator(source))
     channels = follow(source.graph, layers)
     need = needed(source.graph, channels)
@@ -78,7 +79,7 @@ def _evaluator(source: fx.GraphModule) -> Callable[[Any], Any]:
         if any(found is None for found in values.values()):
             return None
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: values[arg])
-        with torch.no_grad():
+        with torch.enable_grad():  # what is made of frozen parameters is frozen
             return node.target(*args, **kwargs)
 
     return value
@@ -196,10 +197,11 @@ class _Writer:
 
     def _register(self, node: fx.Node, module: nn.Module) -> str:
         """Add a layer under the name of its weight."""
-        weight: Any = node.args[1]
+        weight: Any = weight_of(node)
         while weight.op != "get_attr":
             weight = weight.all_input_nodes[0]
-        path = str(weight.target).removesuffix(".weight").replace(".", "_")
+        path = str(weight.target).removesuffix(".weight").removesuffix(".running_mean")
+        path = path.replace(".", "_")
         name, number = f"{path}_layer" if hasattr(self.root, path) else path, 1
         while hasattr(self.root, name):
             number += 1
