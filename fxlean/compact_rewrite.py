@@ -34,7 +34,6 @@ def rewritten(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
             model,
             arguments,
             dynamic_shapes=pytree.tree_map(_free, arguments),
-            prefer_deferred_runtime_asserts_over_guards=True,
         ).run_decompositions({})
         source = program.module()
     assert isinstance(source, fx.GraphModule)

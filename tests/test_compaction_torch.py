@@ -149,6 +149,7 @@ def test_a_model_in_half_precision_is_compacted(name, dtype):
     ],
 )
 def test_compiled_it_gives_the_same_outputs_and_gradients(name, backend):
+    torch._dynamo.reset()
     _, small, inputs = compacted(name)
     twin = copy.deepcopy(small)
     compiled = torch.compile(small, backend=backend, fullgraph=True)
