@@ -74,15 +74,11 @@ def _walk(
 ) -> list[Flow | None]:
     """The flows that a piece returns; None for results that do not depend on its inputs."""
     nodes = list(piece.graph.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    state = {
-        node: (name, tensors[name])
-        for node, name in zip(placeholders[: len(piece.state)], piece.state, strict=True)
-    }
+    state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
     used |= {name for node, (name, _) in state.items() if node.users}
     constants = Constants(piece.graph, state, moves)
     env: dict[fx.Node, Any] = {}
-    for number, node in enumerate(placeholders[len(piece.state) :]):
+    for number, node in enumerate(piece.input_nodes):
         known = linked.get(id(piece.inputs[number])) if piece.inputs else None
         env[node] = known or _source(wiring, tuple(node.meta["val"].shape))
     blocks: dict[fx.Node, Block] = {}

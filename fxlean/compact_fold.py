@@ -50,8 +50,7 @@ def fold(model: nn.Module, trace: Trace) -> bool:
 
 def _pairs(piece: Piece, owners: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Names of convolutions and the batch norms behind them, each of which is called once."""
-    placeholders = [node for node in piece.graph.graph.nodes if node.op == "placeholder"]
-    named = zip(placeholders, piece.state, strict=False)
+    named = piece.state_nodes.items()
     layers = {node: owners.get(name, "") for node, name in named if len(node.users) == 1}
     for node in piece.graph.graph.nodes:
         if getattr(node.target, "overloadpacket", None) in BATCH_NORMS:

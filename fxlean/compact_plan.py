@@ -43,8 +43,14 @@ def choose_slots(slots: Slots, layers: Layers) -> Kept:
         for name in selecting
         if sum(after[other] - before[other] for other in neighbours[name] | {name}) <= 0
     ]
-    plans = (slots.solve(tied), loose, tight, slots.solve(pinned=True))
-    return min(plans, key=lambda kept: sum(_costs(layers, kept).values()))
+    mixed, dense = slots.solve(tied), slots.solve(pinned=True)
+    plans = {
+        mixed: _costs(layers, mixed),
+        loose: before,
+        tight: after,
+        dense: _costs(layers, dense),
+    }
+    return min(plans, key=lambda kept: sum(plans[kept].values()))
 
 
 def _selects(calls: Sequence[Call], kept: Kept) -> bool:

@@ -29,14 +29,12 @@ def walk(model: nn.Module, trace: Trace, *, reshape: bool) -> Slots:
     layers = owners_of(model, trace)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for piece in trace.pieces:
-        placeholders = [node for node in piece.graph.graph.nodes if node.op == "placeholder"]
-        state = placeholders[: len(piece.state)]
-        names = dict(zip(state, piece.state, strict=True))
+        names = piece.state_nodes
         constants = Constants(
             piece.graph, {node: (name, tensors[name]) for node, name in names.items()}, moves
         )
         env: dict[fx.Node, Any] = {
-            node: fresh(slots, tuple(node.meta["val"].shape)) for node in placeholders[len(state) :]
+            node: fresh(slots, tuple(node.meta["val"].shape)) for node in piece.input_nodes
         }
         for node in piece.graph.graph.nodes:
             step = Step(node, env, slots, constants, layers, names, reshape)

@@ -16,6 +16,7 @@ from .compact_fold import fold, is_frozen
 from .compact_layers import part_of, shrink
 from .compact_plan import choose_slots, layers_of
 from .compact_rewrite import rewritten
+from .compact_slots import Slots
 from .compact_walk import walk
 from .errors import ArgumentError, CompactionError
 from .masks import RefreshMasks
@@ -109,8 +110,11 @@ def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[
             )
         else:
             yield candidate
-    for reshape, pinned in ((True, False), (False, False), (False, True)):
-        yield _compacted(bare, trace, reshape=reshape, pinned=pinned)
+    yield _compacted(bare, slots, pinned=False)
+    with torch.no_grad():
+        slots = walk(bare, trace, reshape=False)
+    for pinned in (False, True):
+        yield _compacted(bare, slots, pinned=pinned)
 
 
 def _rewritten(bare: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
@@ -137,17 +141,14 @@ def _doubled(leaf: Any) -> Any:
     return leaf.repeat([1 if dim == 1 else 2 for dim in range(leaf.dim())])
 
 
-def _compacted(bare: nn.Module, trace: Trace, *, reshape: bool, pinned: bool) -> nn.Module:
+def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
     """A copy of a model with every layer cut to size.
 
     Args:
         bare: the model, without masks.
-        trace: its graphs.
-        reshape: whether reshapes are taken to follow the number of channels.
+        slots: of its values.
         pinned: whether values keep all their channels, so that layers only change inside.
     """
-    with torch.no_grad():
-        slots = walk(bare, trace, reshape=reshape)
     layers = layers_of(slots)
     kept = slots.solve(pinned=True) if pinned else choose_slots(slots, layers)
     result = _copy(bare)
@@ -198,8 +199,7 @@ def _check_inputs(trace: Trace, example_inputs: Any) -> list[tuple[Any, ...]]:
         )
     else:
         (piece,) = trace.pieces
-        nodes = [node for node in piece.graph.graph.nodes if node.op == "placeholder"]
-        values = [node.meta["val"] for node in nodes[len(piece.state) :]]
+        values = [node.meta["val"] for node in piece.input_nodes]
         device = values[0].device
         given = tuple(torch.zeros(v.shape, dtype=v.dtype, device=device) for v in values)
     generator = torch.Generator().manual_seed(0)

@@ -132,10 +132,9 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
 def _piece_costs(piece: Piece, tensors: Mapping[str, Tensor]) -> Iterator[LayerCost]:
     """The cost of every convolution and product with a weight, in the order of the calls."""
     nodes = list(piece.graph.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    inputs = placeholders[len(piece.state) :]
-    named = zip(placeholders, piece.state, strict=False)
-    constants = Constants(piece.graph, {node: (key, tensors[key]) for node, key in named}, moves)
+    inputs = piece.input_nodes
+    state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
+    constants = Constants(piece.graph, state, moves)
     shapes = [node.meta["val"].shape for node in inputs if node.meta["val"].dim()]
     batch = int(shapes[0][0]) if shapes else 1
     dependent = set(inputs)

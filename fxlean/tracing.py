@@ -46,6 +46,20 @@ class Piece:
     inputs: tuple[object, ...] = ()
     outputs: tuple[object, ...] = ()
 
+    @property
+    def state_nodes(self) -> dict[torch.fx.Node, str]:
+        """The placeholders of parameters and buffers, with their names."""
+        return dict(zip(self._placeholders, self.state, strict=False))
+
+    @property
+    def input_nodes(self) -> list[torch.fx.Node]:
+        """The placeholders of the inputs."""
+        return self._placeholders[len(self.state) :]
+
+    @property
+    def _placeholders(self) -> list[torch.fx.Node]:
+        return [node for node in self.graph.graph.nodes if node.op == "placeholder"]
+
 
 @dataclass(frozen=True)
 class Trace:

@@ -49,6 +49,17 @@ def state(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
 
+def load_trained_state(source, target):
+    """Change the parameters of a network, and load its saved state into another."""
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.1)
+    buffer = io.BytesIO()
+    torch.save(source.state_dict(), buffer)
+    buffer.seek(0)
+    target.load_state_dict(torch.load(buffer, weights_only=True))
+
+
 def same_state(left, right):
     return list(left) == list(right) and all(torch.equal(left[key], right[key]) for key in left)
 
@@ -198,13 +209,7 @@ def test_saving_and_loading_in_a_fresh_process(name, tmp_path):
 def test_state_loads_into_a_compacted_twin(name):
     model, inputs = pruned(name, 0.2)
     first, second = compact(model, inputs), compact(model, inputs)
-    with torch.no_grad():
-        for parameter in first.parameters():
-            parameter.add_(0.1)
-    buffer = io.BytesIO()
-    torch.save(first.state_dict(), buffer)
-    buffer.seek(0)
-    second.load_state_dict(torch.load(buffer, weights_only=True))
+    load_trained_state(first, second)
     assert torch.equal(first(*inputs), second(*inputs))
 
 

@@ -15,7 +15,7 @@ import fxlean
 from fxlean.compact_layers import Selected
 from fxlean.compaction import compact
 from tests.blocks import between, conv, residual
-from tests.test_compaction import parameters, same_state, state, worst_error
+from tests.test_compaction import load_trained_state, parameters, same_state, state, worst_error
 from tests.zoo import make, randomise_norms
 
 
@@ -165,13 +165,7 @@ def test_compiled_it_gives_the_same_outputs_and_gradients(name, backend):
 def test_state_loads_where_the_model_is_pruned_anew(name):
     _, trained, inputs = compacted(name)
     fresh = compact(*pruned(name))
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            parameter.add_(0.1)
-    buffer = io.BytesIO()
-    torch.save(trained.state_dict(), buffer)
-    buffer.seek(0)
-    fresh.load_state_dict(torch.load(buffer, weights_only=True))
+    load_trained_state(trained, fresh)
     assert torch.equal(fresh(*inputs), trained(*inputs))
 
 
