@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .channels import Wired, wire
 from .criteria import METHODS
@@ -23,12 +21,10 @@ from .graph import ChannelGraph
 from .lengths import fill_lengths
 from .masks import apply_masks, parameter_masks
 from .norms import ORDERS
+from .progress import Stages
 from .prunable import Prunable, find_prunable, resolve_ignored
 from .report import LayerCount, PruneResult, by_reason, some, times
 from .tracing import Trace, trace_model
-
-STAGES = ("trace", "norms", "select", "masks")
-DELAY = 1.0  # seconds before progress is shown
 
 
 class PruneWarning(UserWarning):
@@ -90,7 +86,7 @@ def prune(
     from .jit import when_compiling  # here, because numba takes long to import
     from .liveness import used_kernels, zero_channels
 
-    with _paused_collection(), _Stages(progress) as stages, when_compiling(stages.compiling):
+    with _paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
         stages.start("trace")
         trace = trace_model(model, example_inputs)
         wired, prunable = _wired(model, trace, ignore, prune_outputs, include_linear)
@@ -286,45 +282,3 @@ def _warn(result: PruneResult) -> None:
             PruneWarning,
             stacklevel=3,
         )
-
-
-class _Stages:
-    """Times the stages of a call, and shows them on a terminal if they take seconds."""
-
-    def __init__(self, progress: bool | None) -> None:
-        self.seconds: dict[str, float] = {}
-        disable = None if progress is None else not progress
-        self._bar = tqdm(
-            total=len(STAGES),
-            bar_format="{desc} |{bar}| {n}/{total} [{elapsed}]",
-            delay=DELAY,
-            leave=False,
-            disable=disable,
-        )
-        self._current: str | None = None
-        self._began = time.perf_counter()
-
-    def __enter__(self) -> _Stages:
-        return self
-
-    def start(self, stage: str) -> None:
-        """Begin a stage, which ends the one before."""
-        self._stop()
-        self._current, self._since = stage, time.perf_counter()
-        self._show(stage, now=self._since - self._began > DELAY)
-
-    def compiling(self) -> None:
-        """Say why this stage takes longer than it will the next time."""
-        self._show(f"{self._current}, compiling for the first time", now=True)
-
-    def _show(self, text: str, *, now: bool) -> None:
-        self._bar.set_description_str(f"fxlean: {text}", refresh=now)
-
-    def _stop(self) -> None:
-        if self._current is not None:
-            self.seconds[self._current] = time.perf_counter() - self._since
-            self._bar.update()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-        self._bar.close()
