@@ -1,20 +1,22 @@
 """What a model costs: parameters and multiply-accumulates, layer by layer.
 
 A masked model counts twice: as large as it is, and what would be left of it without the kernels
-that are zero.
+that are zero. A compacted one can be shown beside the model that it was made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from .errors import ArgumentError
 from .movements import moves
 from .prunable import layer_name
+from .pruning import check_model, unwrapped
 from .tracing import Piece, trace_model
 from .weights import Constants
 from .wiring import Weight
@@ -25,6 +27,7 @@ WEIGHTS: dict[Any, int] = {
     aten.mm: 1,
     aten.addmm: 2,
 }  # which argument is the weight
+COUNTS = {"kernels": "kernels", "parameters": "parameters", "macs": "MACs"}  # and their headings
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,17 @@ class Report:
     """What a model costs, layer by layer; printing it shows a table.
 
     Attributes:
-        layers: every convolution and linear layer that the forward pass reaches.
+        layers: every convolution and linear layer that the forward pass reaches; one that
+            `before` has as well has the same name here.
         parameters: elements of all parameters of the model.
         parameters_left: parameters without those that are zero or masked.
+        before: what the model is compared with, if anything.
     """
 
     layers: tuple[LayerCost, ...]
     parameters: int
     parameters_left: int
+    before: Report | None = None
 
     @property
     def kernels(self) -> int:
@@ -86,30 +92,51 @@ class Report:
         """Everything as plain data, ready for `json.dumps`."""
         totals = {name: getattr(self, name) for name in ("kernels", "macs")}
         left = {f"{name}_left": getattr(self, f"{name}_left") for name in totals}
-        return asdict(self) | {"layers": [asdict(row) for row in self.layers]} | totals | left
+        rows = [asdict(row) for row in self.layers]
+        before = None if self.before is None else self.before.to_dict()
+        return asdict(self) | {"layers": rows, "before": before} | totals | left
 
     def __str__(self) -> str:
-        width = max(len("layer"), *(len(row.name) for row in self.layers)) if self.layers else 5
-        heads = "".join(f"{head:>15}{'left':>15}" for head in ("kernels", "parameters", "MACs"))
-        lines = [f"{'layer':<{width}}{heads}"]
-        lines += [_row(row, row.name, width) for row in self.layers]
-        lines += ["-" * len(lines[0]), _row(self, "all", width)]
+        first, suffix = (self, "_left") if self.before is None else (self.before, "")
+        old = {row.name: row for row in first.layers}
+        new = {row.name: row for row in self.layers}
+        width = max(len(name) for name in ("layer", *old, *new))
+        titles = COUNTS.values()
+        if self.before is None:
+            lines = [_line("layer", titles, ["left"] * 3, width)]
+        else:
+            lines = [_line("", [""] * 3, titles, width)]
+            lines += [_line("layer", ["before"] * 3, ["now"] * 3, width)]
+        lines += [
+            _line(name, _numbers(old.get(name)), _numbers(new.get(name), suffix), width)
+            for name in old | new
+        ]
+        total = _line("all", _numbers(first), _numbers(self, suffix), width)
+        lines += ["-" * len(total), total]
+        if self.before is not None:
+            parameters = self.parameters / max(1, self.before.parameters)
+            macs = self.macs / max(1, self.before.macs)
+            lines += ["", f"left: {parameters:.1%} of the parameters, {macs:.1%} of the MACs"]
         return "\n".join(lines)
 
 
-def report(model: nn.Module, example_inputs: Any = None) -> Report:
+def report(
+    model: nn.Module, example_inputs: Any = None, *, before: nn.Module | None = None
+) -> Report:
     """What a model costs: kernels, parameters and multiply-accumulates, and how much is not zero.
 
-    Call it on a pruned model to see what `compact` can gain at best, and on the compacted model
-    to see what it gained.
+    Call it on a pruned model to see what `compact` can gain at best, and on the compacted model,
+    with the one before it, to see what it gained.
 
     Args:
         model: any model; it is not changed.
         example_inputs: a tensor or a tuple of positional arguments; its spatial size is that of
             the counted multiply-accumulates. If left out, common sizes are tried.
+        before: a model to compare with, layer by layer, such as the one that `model` was
+            compacted from. It counts as large as it is, whatever its masks; not changed either.
 
     Raises:
-        ArgumentError, TraceError: as for `trace`.
+        ArgumentError, TraceError: as for `trace`, for both models.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 2, 1, bias=False))
     >>> print(report(model, torch.zeros(1, 3, 10, 10)))
@@ -118,7 +145,33 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
     1                  8              8              8              8            512            512
     -----------------------------------------------------------------------------------------------
     all               20             20            116            116          7,424          7,424
+
+    >>> small = nn.Sequential(nn.Conv2d(3, 2, 3, bias=False), nn.Conv2d(2, 2, 1, bias=False))
+    >>> print(report(small, torch.zeros(1, 3, 10, 10), before=model))
+                                kernels                    parameters                          MACs
+    layer         before            now         before            now         before            now
+    0                 12              6            108             54          6,912          3,456
+    1                  8              4              8              4            512            256
+    -----------------------------------------------------------------------------------------------
+    all               20             10            116             58          7,424          3,712
+    <BLANKLINE>
+    left: 50.0% of the parameters, 50.0% of the MACs
     """
+    if before is not None and not isinstance(before, nn.Module):
+        raise ArgumentError(
+            f"before is a {type(before).__name__}. Pass the torch.nn.Module to compare with."
+        )
+    check_model(model)
+    model = unwrapped(model)
+    earlier = None if before is None else report(before, example_inputs)
+    layers = _layer_costs(model, example_inputs)
+    if earlier is not None:
+        layers = _named_as(earlier.layers, layers)
+    return Report(layers, *_parameters(model), earlier)
+
+
+def _layer_costs(model: nn.Module, example_inputs: Any) -> tuple[LayerCost, ...]:
+    """The cost of every layer, in the order of the first calls."""
     traced = trace_model(model, example_inputs)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     costs: dict[str, LayerCost] = {}
@@ -126,7 +179,25 @@ def report(model: nn.Module, example_inputs: Any = None) -> Report:
         for cost in _piece_costs(piece, tensors):
             known = costs.get(cost.name)
             costs[cost.name] = cost if known is None else _again(known, cost)
-    return Report(tuple(costs.values()), *_parameters(model))
+    return tuple(costs.values())
+
+
+def _named_as(before: Sequence[LayerCost], layers: Sequence[LayerCost]) -> tuple[LayerCost, ...]:
+    """The layers, under the names that they have in `before`.
+
+    A name that is new belongs to a layer of `before` that is not found under its own: inside of
+    a module that has taken its place, or in a rewritten graph, where dots become underscores.
+    """
+    known, names = {row.name for row in before}, {row.name for row in layers}
+    missing = {row.name.replace(".", "_"): row.name for row in before if row.name not in names}
+
+    def renamed(row: LayerCost) -> LayerCost:
+        outside = row.name.rpartition(".")[0].replace(".", "_")
+        places = [] if row.name in known else [row.name, outside]
+        found = next((place for place in places if place in missing), None)
+        return row if found is None else replace(row, name=missing.pop(found))
+
+    return tuple(renamed(row) for row in layers)
 
 
 def _piece_costs(piece: Piece, tensors: Mapping[str, Tensor]) -> Iterator[LayerCost]:
@@ -186,10 +257,14 @@ def _parameters(model: nn.Module) -> tuple[int, int]:
     return total, left
 
 
-def _row(cost: LayerCost | Report, name: str, width: int) -> str:
-    numbers = [
-        value
-        for field in ("kernels", "parameters", "macs")
-        for value in (getattr(cost, field), getattr(cost, f"{field}_left"))
-    ]
-    return f"{name:<{width}}" + "".join(f"{number:>15,}" for number in numbers)
+def _numbers(cost: LayerCost | Report | None, suffix: str = "") -> list[str]:
+    """Kernels, parameters and MACs, or dashes for a layer that is not there."""
+    if cost is None:
+        return ["-"] * 3
+    return [f"{getattr(cost, count + suffix):,}" for count in COUNTS]
+
+
+def _line(name: str, first: Iterable[str], second: Iterable[str], width: int) -> str:
+    """A line of a table: a name, and pairs of columns."""
+    pairs = zip(first, second, strict=True)
+    return f"{name:<{width}}" + "".join(f"{left:>15}{right:>15}" for left, right in pairs)
