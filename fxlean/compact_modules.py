@@ -31,20 +31,16 @@ class Layer:
     Attributes:
         data: the node that it reads.
         module: the layer as a module.
-        alive: shape (rows, columns), True where the weight is not zero; (rows, 1) for a layer
-            whose results depend on their own channels alone.
+        alive: shape (rows, columns), True where the weight is not zero; (rows, 1) if diagonal.
         constant: shape (rows,), True where the result is not zero though what it reads is.
+        diagonal: whether every result depends on its own channel alone.
     """
 
     data: fx.Node
     module: nn.Module
     alive: Tensor
     constant: Tensor
-
-    @property
-    def diagonal(self) -> bool:
-        """Whether every result depends on its own channel alone."""
-        return self.alive.shape[1] == 1 and len(self.alive) > 1
+    diagonal: bool
 
     def zero_rows(self, source: Tensor) -> Tensor:
         """Which results are always zero, from which source channels are."""
@@ -124,7 +120,9 @@ def _convolution(
         **options,
     )
     alive = weight.flatten(2).ne(0).any(2).cpu()
-    return _filled(arguments["input"], module, alive.T if transposed else alive, weight, bias)
+    if transposed:
+        alive = alive.T
+    return _filled(arguments["input"], module, alive, weight, bias, diagonal=groups > 1)
 
 
 def _linear(node: fx.Node, value: Callable[[fx.Node], Any]) -> Layer | None:
@@ -134,11 +132,17 @@ def _linear(node: fx.Node, value: Callable[[fx.Node], Any]) -> Layer | None:
         return None
     rows, columns = weight.shape
     module = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    return _filled(arguments["input"], module, weight.ne(0).cpu(), weight, bias)
+    return _filled(arguments["input"], module, weight.ne(0).cpu(), weight, bias, diagonal=False)
 
 
 def _filled(
-    data: fx.Node, module: nn.Module, alive: Tensor, weight: Tensor, bias: Tensor | None
+    data: fx.Node,
+    module: nn.Module,
+    alive: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    diagonal: bool,
 ) -> Layer:
     """The layer with its weights."""
     module.weight = _parameter(weight)
@@ -146,7 +150,7 @@ def _filled(
     if bias is not None:
         module.bias = _parameter(bias)
         constant = bias.ne(0).cpu()
-    return Layer(data, module, alive, constant)
+    return Layer(data, module, alive, constant, diagonal)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
@@ -172,7 +176,8 @@ def _batch_norm(node: fx.Node, value: Callable[[fx.Node], Any]) -> Layer | None:
     module._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device=mean.device)
     deviation = (variance + arguments["eps"]).sqrt()
     constant = (bias - mean * weight / deviation).ne(0) & (weight.ne(0) | bias.ne(0))
-    return Layer(arguments["input"], module, weight.ne(0).cpu()[:, None], constant.cpu())
+    alive = weight.ne(0).cpu()[:, None]
+    return Layer(arguments["input"], module, alive, constant.cpu(), diagonal=True)
 
 
 def _several(sizes: Any) -> Any:

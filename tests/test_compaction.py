@@ -303,6 +303,31 @@ def test_what_cannot_be_rewritten_stays_and_is_named():
     assert torch.equal(small(x), model(x))
 
 
+class FromOne(nn.Module):
+    """A function of raw parameters whose layers read one channel, or one feature, each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(8, 1, 3, 3))
+        self.last = nn.Parameter(torch.randn(1, 8, 3, 3))
+        self.features = nn.Parameter(torch.randn(5, 1))
+
+    def forward(self, x):
+        x = nn.functional.conv2d(nn.functional.conv2d(x, self.first).relu(), self.last)
+        return nn.functional.linear(x.mean((2, 3)), self.features)
+
+
+def test_one_input_channel_does_not_make_a_convolution_depthwise():
+    torch.manual_seed(0)
+    model, x = FromOne(), torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        model.first[3:] = 0
+        model.last[:, :2] = 0
+    small = compact(model, x)
+    assert worst_error(small(x), model(x)) < 1e-5
+    assert parameters(small) == 9 + 9 + 5
+
+
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_batch_norms_fold_into_convolutions_where_nothing_is_to_be_trained(name):
     model, inputs = pruned(name, 0.5, "path")
