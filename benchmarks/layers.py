@@ -1,11 +1,12 @@
-"""What single layers cost: the constants of the cost model of compaction, and layers compared.
+"""What single layers cost: the constants of the cost model of compaction, and blocks compared.
 
     python benchmarks/layers.py costs
     python benchmarks/layers.py compare --model mobilenet_v2 --ratio 0.5 --method path
 
 `costs` measures the constants of `fxlean/compact_layers.py`. `compare` times every layer of a dense
-network and of its compacted form, which take turns, and prints those that have changed: medians
-in microseconds, the slowest relative to before first.
+network and of its compacted form, which take turns, and adds up the layers of each block (module
+that holds layers), because a layer may select channels for the others of its block to gain by. It
+prints the blocks that have changed: medians in microseconds, the slowest relative to before first.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def timed_layers(model: nn.Module) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def compare(name: str, ratio: float, method: str, runs: int) -> None:
-    """The layers that compaction has changed, before and after."""
+    """The blocks that compaction has changed, before and after."""
     build, (channels, size) = MODELS[name]
     torch.manual_seed(0)
     model = build().eval()
@@ -103,17 +104,23 @@ def compare(name: str, ratio: float, method: str, runs: int) -> None:
     for _ in range(runs):
         for network in networks:
             network(x)
-    rows = []
-    for layer in times[0].keys() & times[1].keys():
-        before, after = (statistics.median(found[layer][3:]) * 1e6 for found in times)
+    blocks: dict[str, list[float]] = {}
+    changed: dict[str, list[str]] = {}
+    for layer in sorted(times[0].keys() & times[1].keys()):
+        block, _, short = layer.rpartition(".")
+        micros = [statistics.median(found[layer][3:]) * 1e6 for found in times]
+        blocks[block] = [sum(pair) for pair in zip(blocks.get(block, (0, 0)), micros, strict=True)]
         forms = [str(network.get_submodule(layer)) for network in networks]
         if forms[0] != forms[1]:
-            rows.append((after / before, before, after, layer, " ".join(forms[1].split())))
-    print("| layer | before | after | after / before | now |\n|---|---|---|---|---|")
-    for quotient, before, after, layer, form in sorted(rows, reverse=True):
-        print(f"| {layer} | {before:.0f} | {after:.0f} | {quotient:.2f} | {form[:70]} |")
-    total = [sum(row[column] for row in rows) for column in (1, 2)]
-    print(f"| all that changed | {total[0]:.0f} | {total[1]:.0f} | {total[1] / total[0]:.2f} | |")
+            changed.setdefault(block, []).append(f"{short}: {micros[0]:.0f} to {micros[1]:.0f}")
+    rows = sorted(
+        ((blocks[block], block) for block in changed), key=lambda row: row[0][0] / row[0][1]
+    )
+    rows.append(([sum(row[0][side] for row in rows) for side in (0, 1)], "all that changed"))
+    print("| block | before | after | before / after | layers |\n|---|---|---|---|---|")
+    for (before, after), block in rows:
+        layers = ", ".join(changed.get(block, []))
+        print(f"| {block} | {before:.0f} | {after:.0f} | {before / after:.2f} | {layers} |")
 
 
 def main() -> None:

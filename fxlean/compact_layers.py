@@ -16,6 +16,7 @@ MULTIPLY = 0.01  # one multiply-accumulate of a convolution
 PASS = 0.2  # reading or writing an element
 GATHER = 0.8  # copying an element to a new tensor, of which nothing is in the cache yet
 CALL = 10000.0  # calling one more operator
+CAUTION = 1.5  # how many times its cost a selection must save: estimates are off by a third
 
 
 class Selected(nn.Module):
@@ -128,9 +129,9 @@ def _option_cost(part: Part, rows: Tensor, columns: Tensor) -> float:
     total = PASS * (before * width + after * count)
     total += MULTIPLY * kernels * sum(call.work for call in part.calls)
     if not torch.equal(columns, part.present):
-        total += CALL + GATHER * before * width
+        total += CAUTION * (CALL + GATHER * before * width)
     if not torch.equal(rows, part.wanted):
-        total += 2 * CALL + GATHER * after * int(part.wanted.sum())
+        total += CAUTION * (2 * CALL + GATHER * after * int(part.wanted.sum()))
     return total
 
 

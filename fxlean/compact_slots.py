@@ -132,7 +132,9 @@ class Slots:
                     kept[label[call.result.slots[row]]] = True
                     kept[label[call.source.slots[column]]] = True
                 elif call.groups == 1 or call.diagonal:
-                    kept[label[call.result.slots[fill_up(rows, ~rows)]]] = True
+                    # A diagonal layer would have to place zeros where it reads nothing.
+                    others = ~rows if call.groups == 1 else present
+                    kept[label[call.result.slots[fill_up(rows, others)]]] = True
         return lambda slots: kept[label[slots]]
 
     def components(self, tied: Collection[str] = ()) -> Tensor:
@@ -156,7 +158,7 @@ def fill_up(chosen: Tensor, among: Tensor) -> Tensor:
     """
     count, others = int(chosen.sum()), among & ~chosen
     missing = -count % WIDTH
-    if 8 * missing > count:
+    if 3 * missing > count:
         return chosen
     return chosen | (others & (others.cumsum(0) <= missing))
 
