@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ def rewritten(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
     channels = follow(source.graph, layers)
     need = needed(source.graph, channels)
     root = nn.Module()
-    writer = _Writer(source, root, channels, need)
+    writer = _Writer(model, source, root, channels, need)
     for node in source.graph.nodes:
         writer.write(node)
     writer.graph.set_codegen(source.graph._codegen)
@@ -94,6 +95,7 @@ class _Writer:
     """Writes the new graph, node by node.
 
     Attributes:
+        model: the model before it was exported.
         source: the exported model.
         root: where layers and parameters of the new graph go.
         channels, need: what every value consists of, and which channels are needed.
@@ -101,6 +103,7 @@ class _Writer:
         nodes: the new node for each old one.
     """
 
+    model: nn.Module
     source: fx.GraphModule
     root: nn.Module
     channels: Channels
@@ -199,8 +202,13 @@ class _Writer:
         weight: Any = weight_of(node)
         while weight.op != "get_attr":
             weight = weight.all_input_nodes[0]
-        path = str(weight.target).removesuffix(".weight").removesuffix(".running_mean")
-        path = path.replace(".", "_")
+        owner = str(weight.target).removesuffix(".weight").removesuffix(".running_mean")
+        original = dict(self.model.named_modules()).get(owner)
+        if isinstance(original, nn.modules.batchnorm._BatchNorm):
+            # The exported graph does not say how running statistics are averaged.
+            module.momentum = original.momentum  # type: ignore[assignment]
+            module._buffers["num_batches_tracked"] = copy.deepcopy(original.num_batches_tracked)
+        path = owner.replace(".", "_")
         name, number = f"{path}_layer" if hasattr(self.root, path) else path, 1
         while hasattr(self.root, name):
             number += 1

@@ -317,6 +317,31 @@ class FromOne(nn.Module):
         return nn.functional.linear(x.mean((2, 3)), self.features)
 
 
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_a_rewritten_model_averages_running_statistics_as_before(momentum):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+            self.norm = nn.BatchNorm2d(4, momentum=momentum)
+
+        def forward(self, x):
+            return self.norm(nn.functional.conv2d(x, self.weight))
+
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(2, 3, 8, 8)
+    model(x)
+    with torch.no_grad():
+        model.weight[:, 0] = 0
+    small = compact(model, x)
+    assert isinstance(small, torch.fx.GraphModule)
+    for _ in range(2):
+        model(x + 1), small(x + 1)
+    for name, buffer in small.named_buffers():
+        if name.startswith("norm."):
+            torch.testing.assert_close(buffer, model.get_buffer(name))
+
+
 def test_one_input_channel_does_not_make_a_convolution_depthwise():
     torch.manual_seed(0)
     model, x = FromOne(), torch.randn(2, 1, 8, 8)
