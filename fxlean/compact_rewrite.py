@@ -43,7 +43,7 @@ def rewritten(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
     channels = follow(source.graph, layers)
     need = needed(source.graph, channels)
     root = nn.Module()
-    writer = _Writer(model, source, root, channels, need)
+    writer = _Writer(dict(model.named_modules()), source, root, channels, need)
     for node in source.graph.nodes:
         writer.write(node)
     writer.graph.set_codegen(source.graph._codegen)
@@ -95,7 +95,7 @@ class _Writer:
     """Writes the new graph, node by node.
 
     Attributes:
-        model: the model before it was exported.
+        modules: those of the model before it was exported, by name.
         source: the exported model.
         root: where layers and parameters of the new graph go.
         channels, need: what every value consists of, and which channels are needed.
@@ -103,7 +103,7 @@ class _Writer:
         nodes: the new node for each old one.
     """
 
-    model: nn.Module
+    modules: dict[str, nn.Module]
     source: fx.GraphModule
     root: nn.Module
     channels: Channels
@@ -203,7 +203,7 @@ class _Writer:
         while weight.op != "get_attr":
             weight = weight.all_input_nodes[0]
         owner = str(weight.target).removesuffix(".weight").removesuffix(".running_mean")
-        original = dict(self.model.named_modules()).get(owner)
+        original = self.modules.get(owner)
         if isinstance(original, nn.modules.batchnorm._BatchNorm):
             # The exported graph does not say how running statistics are averaged.
             module.momentum = original.momentum  # type: ignore[assignment]

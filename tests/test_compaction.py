@@ -303,20 +303,6 @@ def test_what_cannot_be_rewritten_stays_and_is_named():
     assert torch.equal(small(x), model(x))
 
 
-class FromOne(nn.Module):
-    """A function of raw parameters whose layers read one channel, or one feature, each."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Parameter(torch.randn(8, 1, 3, 3))
-        self.last = nn.Parameter(torch.randn(1, 8, 3, 3))
-        self.features = nn.Parameter(torch.randn(5, 1))
-
-    def forward(self, x):
-        x = nn.functional.conv2d(nn.functional.conv2d(x, self.first).relu(), self.last)
-        return nn.functional.linear(x.mean((2, 3)), self.features)
-
-
 @pytest.mark.parametrize("momentum", [None, 0.3])
 def test_a_rewritten_model_averages_running_statistics_as_before(momentum):
     class Mixed(nn.Module):
@@ -340,6 +326,20 @@ def test_a_rewritten_model_averages_running_statistics_as_before(momentum):
     for name, buffer in small.named_buffers():
         if name.startswith("norm."):
             torch.testing.assert_close(buffer, model.get_buffer(name))
+
+
+class FromOne(nn.Module):
+    """A function of raw parameters whose layers read one channel, or one feature, each."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(8, 1, 3, 3))
+        self.last = nn.Parameter(torch.randn(1, 8, 3, 3))
+        self.features = nn.Parameter(torch.randn(5, 1))
+
+    def forward(self, x):
+        x = nn.functional.conv2d(nn.functional.conv2d(x, self.first).relu(), self.last)
+        return nn.functional.linear(x.mean((2, 3)), self.features)
 
 
 def test_one_input_channel_does_not_make_a_convolution_depthwise():
