@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .compact_layers import narrow
@@ -22,6 +23,20 @@ CONVOLUTIONS: dict[Any, type[nn.Module]] = {
 }
 BATCH_NORMS = frozenset({aten.batch_norm, aten._native_batch_norm_legit_no_training})
 NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+class PaddedCat(nn.Module):
+    """Values side by side along the channels, padded."""
+
+    def forward(self, parts: list[Tensor], *options: Any) -> Tensor:
+        """Shape (n, channels of all, *padded) of parts (n, channels, *size).
+
+        Options are those of `torch.nn.functional.pad`.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            # A compiler writes each padded part to its place, in one pass instead of two.
+            return torch.cat([F.pad(part, *options) for part in parts], 1)
+        return F.pad(torch.cat(parts, 1), *options)
 
 
 @dataclass(frozen=True, eq=False)

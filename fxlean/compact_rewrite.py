@@ -15,7 +15,7 @@ from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
 from .compact_export import DROPPED, Channels, Made, follow, needed
-from .compact_modules import layers_of, weight_of
+from .compact_modules import PaddedCat, layers_of, weight_of
 
 aten = torch.ops.aten
 
@@ -134,6 +134,8 @@ class _Writer:
             data = self._gather(numbers[columns])
             name = self._register(node, layer.cut(wanted, columns))
             self.nodes[node] = self.graph.call_module(name, (data,))
+        elif getattr(node.target, "overloadpacket", None) is aten.pad:
+            self.nodes[node] = self._pad(node, made, wanted)
         elif made.reads:
             given = {arg: self._gather(numbers[wanted]) for arg, numbers in made.reads.items()}
             self.nodes[node] = self.graph.node_copy(
@@ -141,6 +143,16 @@ class _Writer:
             )
         else:
             self._copy(node)
+
+    def _pad(self, node: Any, made: Made, wanted: Tensor) -> fx.Node:
+        """A node with the wanted channels of a padded value."""
+        parts = self._parts(made.reads[node.args[0]][wanted])
+        options = fx.map_arg(node.args[1:], self._whole)
+        if len(parts) == 1:
+            return self.graph.call_function(node.target, (*parts, *options), node.kwargs)
+        if not hasattr(self.root, "padded_cat"):
+            self.root.add_module("padded_cat", PaddedCat())
+        return self.graph.call_module("padded_cat", (parts, *options), node.kwargs)
 
     def _copy(self, node: Any) -> None:
         if getattr(node.target, "overloadpacket", None) is aten.sym_size:
@@ -159,15 +171,18 @@ class _Writer:
 
     def _gather(self, numbers: Tensor) -> fx.Node:
         """A node with these channels, from wherever they are made."""
+        parts = self._parts(numbers)
+        return parts[0] if len(parts) == 1 else self.graph.call_function(torch.cat, (parts, 1))
+
+    def _parts(self, numbers: Tensor) -> list[fx.Node]:
+        """Nodes that have these channels when they are put side by side."""
         makers = [self.channels.maker[number] for number in numbers.tolist()]
         parts, start = [], 0
         for maker, run in groupby(makers):
             count = len(list(run))
             parts.append(self._pick(maker, numbers[start : start + count]))
             start += count
-        if len(parts) == 1:
-            return parts[0]
-        return self.graph.call_function(torch.cat, (parts, 1))
+        return parts
 
     def _pick(self, maker: fx.Node, numbers: Tensor) -> fx.Node:
         """A node with these channels of one maker."""

@@ -9,6 +9,7 @@ import textwrap
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -326,6 +327,46 @@ def test_a_rewritten_model_averages_running_statistics_as_before(momentum):
     for name, buffer in small.named_buffers():
         if name.startswith("norm."):
             torch.testing.assert_close(buffer, model.get_buffer(name))
+
+
+PADS = {
+    "reflect": lambda x: F.pad(x, [2, 1, 1, 2], "reflect"),
+    "circular": lambda x: F.pad(x, [2, 1, 1, 2], mode="circular"),
+    "one": lambda x: F.pad(x, [2, 1], value=1.0),
+    "to_a_multiple": lambda x: F.pad(x, [0, -x.shape[-1] % 8, 0, 0], mode="replicate"),
+}
+
+
+class PadsMany(nn.Module):
+    """A function of raw parameters that pads two values of several channels side by side."""
+
+    def __init__(self, pad):
+        super().__init__()
+        self.pad = pad
+        self.first = nn.Parameter(torch.randn(6, 3, 3, 3))
+        self.second = nn.Parameter(torch.randn(4, 6, 1, 1))
+        self.third = nn.Parameter(torch.randn(5, 10, 3, 3))
+        with torch.no_grad():
+            for weight, dead in ((self.first, 2), (self.second, 1), (self.third, 3)):
+                weight[dead] = 0
+            self.third[:, 7:9] = 0
+
+    def forward(self, x):
+        x = F.conv2d(x, self.first).relu()
+        x = torch.cat([x, F.conv2d(x, self.second).relu()], 1)
+        return F.conv2d(self.pad(x), self.third)
+
+
+@pytest.mark.parametrize("pad", PADS)
+def test_several_values_are_padded_together(pad):
+    model = PadsMany(PADS[pad]).double()
+    small = compact(model, torch.randn(2, 3, 13, 13, dtype=torch.float64))
+    x = torch.randn(3, 3, 11, 18, dtype=torch.float64)
+    assert worst_error(small(x), model(x)) < 1e-10
+    compiled = torch.compile(small, backend="eager", fullgraph=True)
+    assert worst_error(compiled(x), model(x)) < 1e-10
+    read = {"one": 8}.get(pad, 7)  # a channel of zeros is not zero once it is padded with ones
+    assert [m.in_channels for m in small.modules() if isinstance(m, nn.Conv2d)] == [3, 5, read]
 
 
 class FromOne(nn.Module):
