@@ -16,7 +16,7 @@ MULTIPLY = 0.01  # one multiply-accumulate of a convolution
 PASS = 0.2  # reading or writing an element
 GATHER = 0.8  # copying an element to a new tensor, of which nothing is in the cache yet
 CALL = 10000.0  # calling one more operator
-CAUTION = 1.5  # how many times its cost a selection must save: estimates are off by a third
+CAUTION = 2.0  # how many times its cost a selection must save: estimates are off by a half
 
 
 class Selected(nn.Module):

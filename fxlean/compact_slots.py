@@ -152,11 +152,15 @@ class Slots:
 
 
 def fill_up(chosen: Tensor, among: Tensor) -> Tensor:
-    """The chosen channels, and a few others of those given where it makes a multiple of `WIDTH`.
+    """The chosen channels, and more of those given where fewer would not be faster.
 
-    A convolution of 255 channels takes longer than one of 256, up to twice as long if depthwise.
+    All of them, if less than a tenth of the channels would go: a small layer can become slower
+    by that. Else a few, where it makes a multiple of `WIDTH`: a convolution of 255 channels takes
+    longer than one of 256, up to twice as long if depthwise.
     """
     count, others = int(chosen.sum()), among & ~chosen
+    if 9 * int(others.sum()) < count:
+        return chosen | others
     missing = -count % WIDTH
     if 3 * missing > count:
         return chosen
