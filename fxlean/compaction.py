@@ -60,11 +60,11 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """
     check_model(model)
     model = unwrapped(model)
-    masked, bare = _copy(model), _copy(model)
+    bare = _copy(model)
     remove_masks(bare)
     trace = trace_model(bare, example_inputs)
     inputs = _check_inputs(trace, example_inputs)
-    expected = _outputs(masked, inputs)
+    expected = _outputs(model, inputs)
     problem = ""
     for attempt in _attempts(bare, trace, inputs[0]):
         problem = _difference(attempt, inputs, expected)

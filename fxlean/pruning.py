@@ -95,6 +95,7 @@ def prune(
         graph = fill_lengths(prunable.graph, wired.wiring, order, fold=chosen.fold)
         stages.start("select")
         keep, chains = chosen.select(graph, int(ratio * graph.num_kernels), _generator(method))
+        graph = prunable.graph  # the same without lengths, which are as large as the model
         selected = int(keep.sum())
         if redundancy:
             keep = used_kernels(graph, keep)
