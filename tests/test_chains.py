@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fxlean.chains import fill_largest, kernel_scores, longest_chains
 from fxlean.graph import ChannelGraph, Kind
-from fxlean.paths import complete_paths
+from fxlean.paths import _descending, complete_paths
 
 EXACT = settings(derandomize=True, deadline=None, max_examples=400)
 FEWER = settings(derandomize=True, deadline=None, max_examples=100)
@@ -448,3 +448,16 @@ def test_filling_takes_the_largest_and_of_equal_ones_the_first():
     assert np.flatnonzero(keep).tolist() == [0, 1, 2, 3]
     fill_largest(keep, alive, np.zeros(6, dtype=np.float32), 9)
     assert np.array_equal(keep, alive)
+
+
+@EXACT
+@given(st.data(), st.integers(1, 80))
+def test_path_ranks_kernels_exactly(data, size):
+    near = st.integers(-3, 3).map(lambda number: 1 + number * 1e-12)
+    values = st.one_of(st.just(-np.inf), near, st.floats(-100, 100))
+    through = np.array(data.draw(st.lists(values, min_size=size, max_size=size)))
+    count = data.draw(st.integers(1, size))
+    finite = np.argsort(-through, kind="stable")[: np.isfinite(through).sum()]
+    found = _descending(through, count)
+    assert len(found) >= min(count, len(finite))
+    assert np.array_equal(found, finite[: len(found)])
