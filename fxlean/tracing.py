@@ -170,10 +170,10 @@ def untouched(model: nn.Module, *, always: bool = True) -> Iterator[None]:
     """Put back attributes, parameters, buffers, hooks, training flags and RNG state on leaving.
 
     With `always=False` only if the block raises. Values that the block writes into tensors in
-    place are put back for buffers, not for parameters.
+    place are put back for buffers, not for parameters and masks, which no forward pass writes.
     """
     modules = [(module, _shallow(module.__dict__)) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    buffers = [(buffer, buffer.clone()) for module, _ in modules for buffer in _written(module)]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     done = False
     with torch.random.fork_rng(list(devices), enabled=always):
@@ -187,6 +187,14 @@ def untouched(model: nn.Module, *, always: bool = True) -> Iterator[None]:
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.data.copy_(value)
+
+
+def _written(module: nn.Module) -> list[Tensor]:
+    """The module's own buffers that a forward pass may write."""
+    masked = [key.removesuffix("_orig") for key in module._parameters if key.endswith("_orig")]
+    masks = {f"{name}_mask" for name in masked}
+    named = module.named_buffers(recurse=False)
+    return [buffer for name, buffer in named if not buffer.is_meta and name not in masks]
 
 
 def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
