@@ -43,6 +43,7 @@ def rewritten(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
     channels = follow(source.graph, layers)
     need = needed(source.graph, channels)
     root = nn.Module()
+    root.add_module("padded_cat", PaddedCat())
     writer = _Writer(dict(model.named_modules()), source, root, channels, need)
     for node in source.graph.nodes:
         writer.write(node)
@@ -150,8 +151,6 @@ class _Writer:
         options = fx.map_arg(node.args[1:], self._whole)
         if len(parts) == 1:
             return self.graph.call_function(node.target, (*parts, *options), node.kwargs)
-        if not hasattr(self.root, "padded_cat"):
-            self.root.add_module("padded_cat", PaddedCat())
         return self.graph.call_module("padded_cat", (parts, *options), node.kwargs)
 
     def _copy(self, node: Any) -> None:
