@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError
-from .suprema import MATRIX_LIMIT, Coarse, coarse_grid, fourier, room, suprema
+from .suprema import Coarse, coarse_grid, room, suprema
 
 ORDERS = ("spectral", "frobenius", "nuclear", "l1")
 
 _LAGS_LIMIT = 128  # lags summed one by one; above it, correlate by FFT
+_MATRIX_LIMIT = 2**22  # numbers in a Fourier matrix
 _NUCLEAR_DENSITY = (64, 16, 8)  # points per turn of the longest lag, for the mean
 
 
@@ -195,12 +196,12 @@ def _on_grid(squares: Tensor, lags: Tensor, order: str, points: int) -> Tensor:
     # Opposite frequencies have equal values, so half of the first axis is enough.
     extents = [points // 2 + 1] + [points] * (lags.shape[1] - 1)
     total = math.prod(extents)
-    block = max(1, min(1024, MATRIX_LIMIT // len(lags)))
+    block = max(1, min(1024, _MATRIX_LIMIT // len(lags)))
     result = torch.zeros_like(squares[0])
     for start in range(0, total, block):
         flat = torch.arange(start, min(start + block, total), device="cpu")
         place = torch.stack(torch.unravel_index(flat, extents), dim=1)
-        matrix = fourier(lags, place.double() / points, squares)
+        matrix = _fourier(lags, place.double() / points, squares)
         alone = (place[:, 0] * 2) % points == 0
         times = torch.where(alone, 1.0, 2.0).to(squares)
         count = max(1, room(squares) // block)
@@ -211,3 +212,10 @@ def _on_grid(squares: Tensor, lags: Tensor, order: str, points: int) -> Tensor:
             else:
                 sums += times @ (values.sqrt_() if order == "nuclear" else values)
     return result if order == "nuclear" else result.sqrt_()
+
+
+def _fourier(lags: Tensor, turns: Tensor, like: Tensor) -> Tensor:
+    """Matrix from coefficients to squared symbols, shape (points, lags)."""
+    # Whole turns are dropped in double, so that long lags keep their phase.
+    phases = (turns @ lags.T.double()) % 1.0
+    return torch.cos(phases.mul_(2 * math.pi)).to(like)

@@ -1,33 +1,47 @@
 """Suprema of cosine polynomials, many at once: a coarse grid, then Newton steps uphill from it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _CPU_CHUNK = 2**20  # numbers in one intermediate array: stays in the cache
 _GPU_CHUNK = 2**22  # enough to fill a GPU, and a few such arrays stay below 100 MB
-MATRIX_LIMIT = 2**22  # numbers in a Fourier matrix; above it, transform by FFT
 _DENSITY = (8, 8, 6)  # coarse grid points per turn of the longest lag, in 1-D, 2-D and 3-D
-_SLOPE = (2.0, 2.0, 1.0)  # how far points below a neighbour are marked down, likewise
+_SLOPE = (2.0, 2.0, 1.0)  # how far blocks beside a higher point are marked down, likewise
+_SHIFT = (0.5, -0.55, -0.6)  # of the grid along each axis, in units of its spacing
+_FIRST_STEP = (0.9, 0.85, 0.8)  # of the way to the estimated maximum, along each axis
+_LONGEST_STEP = 0.75  # in units of the spacing
+_PROMISE = 1.5  # how far a maximum may be above the point beside it, in gains of its first step
+_SLACK = 0.05  # and how much farther, as a fraction of the highest value
 _NEWTON_STEPS = 12
-_LONGEST_STEP = 0.75  # of the distance between two points of the coarse grid
 
 
 @dataclass(frozen=True)
 class Coarse:
-    """Half a turn of equally spaced frequencies, and a rim of one point around."""
+    """Half a turn of equally spaced frequencies, and a rim of one point around.
+
+    Squared symbols are even, so zero and half turns are stationary, and may be minima. The grid
+    is shifted: they lie inside of its blocks, away from its points.
+    """
 
     lags: Tensor  # (lags, axes), only axes along which the symbols vary
     points: list[int]  # per turn, for each axis
-    places: list[Tensor]  # indices of the points, for each axis
-    matrix: Tensor | None  # from coefficients to squared symbols; None where too large
+    extents: list[int]  # number of points along each axis, the rim included
+    transforms: list[Tensor]  # Fourier matrix of each axis
 
-    @property
-    def extents(self) -> list[int]:
-        """Number of points along each axis, the rim included."""
-        return [len(place) for place in self.places]
+
+class _Starts(NamedTuple):
+    """Where to climb from, in units of the spacing."""
+
+    kernel: Tensor  # (starts,)
+    place: Tensor  # (axes, starts)
+    step: Tensor  # the first one, (axes, starts)
+    gain: Tensor  # of the squared symbol, by its slope and this step, (starts,)
 
 
 def room(like: Tensor) -> int:
@@ -35,144 +49,184 @@ def room(like: Tensor) -> int:
     return _CPU_CHUNK if like.device.type == "cpu" else _GPU_CHUNK
 
 
-def fourier(lags: Tensor, turns: Tensor, like: Tensor) -> Tensor:
-    """Matrix from coefficients to squared symbols, shape (points, lags)."""
-    # Whole turns are dropped in double, so that long lags keep their phase.
-    phases = (turns @ lags.T.double()) % 1.0
-    return torch.cos(phases.mul_(2 * math.pi)).to(like)
-
-
 def coarse_grid(lags: Tensor, like: Tensor) -> Coarse | None:
     """The grid to climb from; None where all symbols are constant."""
     lags = lags[:, lags.amax(0) > 0]
-    if not lags.shape[1]:
+    degrees = lags.amax(0).tolist()
+    if not degrees:
         return None
-    points = [_DENSITY[lags.shape[1] - 1] * m for m in lags.amax(0).tolist()]
-    half = points[0] // 2 + 1
-    ends = [half + half % 2, *points[1:]]
-    places = [torch.arange(-1, end + 1, device="cpu") for end in ends]
-    matrix = None
-    if len(lags) * math.prod(len(place) for place in places) <= MATRIX_LIMIT:
-        turns = torch.cartesian_prod(*[p / n for p, n in zip(places, points, strict=True)])
-        matrix = fourier(lags, turns.double().view(-1, len(points)), like)
-    return Coarse(lags, points, places, matrix)
+    points = [_DENSITY[len(degrees) - 1] * m for m in degrees]
+    half = points[0] // 2
+    extents = [end + 2 for end in (half + half % 2, *points[1:])]
+    transforms = []
+    for axis, (m, n) in enumerate(zip(degrees, points, strict=True)):
+        place = torch.arange(-1, extents[axis] - 1, dtype=torch.double, device="cpu") + _SHIFT[axis]
+        lag = torch.arange(-m if axis else 0, m + 1, device="cpu")
+        phase = 2 * math.pi / n * place[:, None] * lag
+        cos, sin = phase.cos(), phase.sin()
+        # Shape (part, place, lag, part), the parts being real and imaginary. Coefficients, which
+        # the last axis reads, are real, and so are the values, which the first axis makes.
+        parts = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)])
+        parts = parts[: 2 if axis else 1, ..., : 2 if axis + 1 < len(points) else 1]
+        transforms.append(parts.flatten(2).flatten(0, 1).to(like))
+    return Coarse(lags, points, extents, transforms)
 
 
 def _coarse_values(squares: Tensor, coarse: Coarse) -> Tensor:
     """Squared symbols, shape (*extents, kernels)."""
-    if coarse.matrix is not None:
-        return (coarse.matrix @ squares).view(*coarse.extents, -1)
-    values: Tensor = squares.new_zeros(*coarse.points, squares.shape[1])
-    values[(coarse.lags % torch.tensor(coarse.points)).to(values.device).unbind(1)] = squares
-    values = torch.fft.fftn(values, dim=tuple(range(len(coarse.points)))).real
-    for axis, (place, n) in enumerate(zip(coarse.places, coarse.points, strict=True)):
-        values = values.index_select(axis, (place % n).to(values.device))
-    return values
+    # Lags stand in lexicographic order from zero on; zeros take the places of those before.
+    sizes = [2 * m + 1 for m in coarse.lags.amax(0).tolist()]
+    values = pad(squares, (0, 0, math.prod(sizes[1:]) // 2, 0))
+    sizes[0] = sizes[0] // 2 + 1
+    for axis in reversed(range(len(sizes))):
+        matrix, before = coarse.transforms[axis], math.prod(sizes[:axis])
+        values = matrix.expand(before, -1, -1) @ values.reshape(before, matrix.shape[1], -1)
+    return values.view(*coarse.extents, -1)
 
 
 def suprema(squares: Tensor, coarse: Coarse) -> Tensor:
     """Maxima of the squared symbols over all frequencies, shape (kernels,)."""
     bounds = squares.abs().sum(0)
+    # Zero and half turns are stationary by symmetry, and often the maximum.
+    odd = _box([2] * len(coarse.points)) @ coarse.lags.T % 2
+    result = ((1 - 2 * odd).to(squares) @ squares).amax(0)
+    # Where all cosines are one there is no more to gain; blocks of constants would be many.
+    done = ~(result < bounds * (1 - 1e-6))
+    result = torch.where(done, bounds, result)
+    floor = torch.where(done, math.inf, result)
     count = max(1, room(squares) // math.prod(coarse.extents))
-    found, tight = [], []
+    found = []
     for start in range(0, len(bounds), count):
         part = slice(start, start + count)
-        values = _coarse_values(squares[:, part], coarse)
-        starts, reached = _starts(values, bounds[part])
-        starts[0] += start
-        found.append(starts)
-        tight.append(reached)
-    result = torch.where(torch.cat(tight), bounds, 0)
-    points = torch.tensor(coarse.points, device=squares.device)[:, None]
-    spacing = (2 * math.pi / points).to(squares.dtype)
-    piece = max(1, room(squares) // len(coarse.lags))
-    for kernel, *place in torch.cat(found, 1).split(piece, 1):
-        frequency = torch.stack(place) * spacing
-        _climb(result, kernel, squares[:, kernel], coarse.lags.to(squares), frequency, spacing)
+        kernel, *blocks = _blocks(_coarse_values(squares[:, part], coarse), floor[part])
+        found.append((kernel + start, *blocks))
+    starts = _starts(result, *[torch.cat(each, -1) for each in zip(*found, strict=True)])
+    points = torch.tensor(coarse.points, dtype=torch.double, device="cpu")
+    lags = (coarse.lags * (2 * math.pi / points)).to(squares)
+    piece = max(1, room(squares) // len(lags))
+    for some in zip(*[each.split(piece, -1) for each in starts], strict=True):
+        _climb(result, squares, lags, _Starts(*some))
     return result
 
 
-def _scores(values: Tensor) -> Tensor:
-    """Squared symbols without the rim, less than they are beside a higher point.
+def _blocks(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of two points per axis in which a symbol may have its supremum, above a floor.
 
-    Shape (*blocks, kernels): the best of each block of two points per axis. A block has one
-    local maximum at most, and there are fewer to search.
+    Returns:
+        Of each block, its kernel, shape (blocks,), its highest point, shape (axes, blocks), and
+        the values there and around, shape (3 ** axes, blocks).
     """
-    axes = range(values.dim() - 1)
-    inner, around = values, values
-    for axis in axes:
-        count = values.shape[axis] - 2
-        inner = inner.narrow(axis, 1, count)
-        beside = torch.maximum(around.narrow(axis, 0, count), around.narrow(axis, 2, count))
-        around = torch.maximum(beside, around.narrow(axis, 1, count), out=beside)
-    scores = torch.lerp(around, inner, 1 + _SLOPE[len(axes) - 1])
-    for axis in axes:
-        halves = scores.unflatten(axis, (-1, 2))
-        scores = torch.maximum(halves.select(axis + 1, 0), halves.select(axis + 1, 1))
-    return scores
-
-
-def _starts(values: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Where to climb from: kernels and places, shape (1 + axes, starts); and a mask.
-
-    The mask is True for kernels that reach their bound, all cosines one, at a grid point.
-    """
+    axes = values.dim() - 1
     scores = _scores(values)
-    axes = range(scores.dim() - 1)
-    top = scores.flatten(0, -2).amax(0)
-    reached = ~(top < bounds * (1 - 1e-6))
+    highest = torch.maximum(scores.flatten(0, -2).amax(0), floor)
     # Riesz: a T >= 0 of exponential type m has T(x + d) >= T(x) cos(m d / 2)^2 at its maximum x.
-    nearest = math.cos(math.pi * len(axes) / (2 * _DENSITY[len(axes) - 1])) ** 2
-    threshold = torch.where(reached, math.inf, top * nearest)
-    *block, kernel = (scores > threshold).nonzero().unbind(1)
-    # Each block starts from its highest point: compare its corners.
-    first = kernel.clone()
-    for index, pace in zip(block, values.stride(), strict=False):
-        first += (2 * index + 1) * pace
-    corners = torch.cartesian_prod(*[torch.arange(2, device="cpu")] * len(axes)).view(-1, len(axes))
-    jumps = (corners @ torch.tensor(values.stride()[:-1], device="cpu")).to(values.device)
-    heights = values.view(-1)[first + jumps[:, None]].view(*[2] * len(axes), -1)
-    place = []
-    for axis, index in enumerate(block):
-        low, high = heights.movedim(axis, 0).reshape(2, len(corners) // 2, -1).amax(1)
-        place.append(2 * index + (high > low))
-    return torch.stack([kernel, *place]), reached
+    nearest = math.cos(math.pi * axes / (2 * _DENSITY[axes - 1])) ** 2
+    found = (scores > highest * nearest).view(-1).nonzero()[:, 0]
+    block, kernel = found // scores.shape[-1], found % scores.shape[-1]
+    strides = torch.tensor(values.stride()[:-1], device="cpu")
+    origins, corners, around = 2 * _box(scores.shape[:-1]), _box([2] * axes), _box([3] * axes) - 1
+    first = ((origins + 1) @ strides).to(found).index_select(0, block) + kernel
+    jumps = (corners @ strides).to(found)
+    corner = _take(values, first + jumps[:, None]).max(0).indices
+    place = origins.T.to(found).index_select(1, block)
+    place += corners.T.to(found).index_select(1, corner)
+    here = first + jumps.index_select(0, corner)
+    return kernel, place, _take(values, here + (around @ strides).to(found)[:, None])
 
 
-def _climb(
-    result: Tensor, kernel: Tensor, squares: Tensor, lags: Tensor, place: Tensor, spacing: Tensor
-) -> None:
-    """Raise the result of each kernel to the maxima of its squared symbol near the places."""
+def _scores(values: Tensor) -> Tensor:
+    """Highest squared symbol of each block, less where a point beside the block is higher.
+
+    Shape (*blocks, kernels). A block hardly ever has more than one local maximum.
+    """
+    inner = around = values
+    for axis in range(values.dim() - 1):
+        count = inner.shape[axis] - 2
+        inner = _higher_of_pairs(inner.narrow(axis, 1, count), axis)
+        around = _higher_of_pairs(around, axis)
+        halves = (around.narrow(axis, start, count // 2) for start in range(2))
+        around = torch.maximum(*halves)
+    return torch.lerp(around, inner, 1 + _SLOPE[values.dim() - 2])
+
+
+def _higher_of_pairs(values: Tensor, axis: int) -> Tensor:
+    """Of places 0 and 1, 2 and 3, and so on along an axis."""
+    pairs = values.unflatten(axis, (-1, 2))
+    return torch.maximum(pairs.select(axis + 1, 0), pairs.select(axis + 1, 1))
+
+
+def _box(sizes: Sequence[int]) -> Tensor:
+    """All places in a box, in order, shape (places, axes)."""
+    ranges = [torch.arange(size, device="cpu") for size in sizes]
+    return torch.cartesian_prod(*ranges).view(-1, len(sizes))
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """Values at places in memory; on a CPU far faster than indexing."""
+    return values.view(-1).index_select(0, index.view(-1)).view(index.shape)
+
+
+def _starts(result: Tensor, kernel: Tensor, place: Tensor, around: Tensor) -> _Starts:
+    """Points next to maxima that may be the highest; raises the result to the values there."""
+    axes = len(place)
+    slope, bend = (_differences(axes).to(around) @ around).split([axes, axes**2])
+    step = _step(slope, bend.view(axes, axes, -1))
+    gain = (slope * step).sum(0)
+    value = around[len(around) // 2]
+    result.scatter_reduce_(0, kernel, value, "amax")
+    # The parabola through the values around rises by half of the gain only.
+    keep = value + _PROMISE * gain > (1 - _SLACK) * result.index_select(0, kernel)
+    kernel, place, step, gain = (
+        each.index_select(-1, keep.nonzero()[:, 0]) for each in (kernel, place, step, gain)
+    )
+    shift, first = step.new_tensor((_SHIFT[:axes], _FIRST_STEP[:axes])).unsqueeze(2)
+    return _Starts(kernel, place + shift, step * first, gain)
+
+
+def _differences(axes: int) -> Tensor:
+    """From the values around a point to the slope there and the negative Hessian.
+
+    Shape (axes + axes ** 2, 3 ** axes): products of differences along the axes.
+    """
+    along = torch.tensor([[0, 1, 0], [-0.5, 0, 0.5], [1, -2, 1]], device="cpu")
+    unit = torch.eye(axes, dtype=torch.long, device="cpu")
+    orders = torch.cat([unit, (unit[:, None] + unit).flatten(0, 1)])
+    matrix = torch.where(orders.sum(1, keepdim=True) > 1, -1.0, 1.0)
+    for order in orders.T:
+        matrix = (matrix[:, :, None] * along[order][:, None]).flatten(1)
+    return matrix
+
+
+def _climb(result: Tensor, squares: Tensor, lags: Tensor, starts: _Starts) -> None:
+    """Raise the result of each kernel to the maxima of its squared symbol near the starts."""
+    kernel, place, step, gain = starts
+    squares = squares.index_select(1, kernel)
     pairs = (lags[:, :, None] * lags[:, None, :]).flatten(1).T.contiguous()
-    # Zero and half a turn are stationary by symmetry, and may be minima: start beside them.
-    step = spacing * torch.linspace(0.05, 0.1, len(place)).to(spacing)[:, None]
-    reach = spacing * _LONGEST_STEP
-    value = gain = torch.zeros_like(squares[0])
+    value = torch.zeros_like(gain)
     for _ in range(_NEWTON_STEPS):
         trial = place + step
         phase = lags @ trial
         even = phase.cos().mul_(squares)
         slope = -(lags.T @ phase.sin_().mul_(squares))
         height = even.sum(0)
-        newton = _ascent(slope, (pairs @ even).view(len(place), len(place), -1))
-        newton = newton * (reach / newton.abs()).amin(0).clamp_(max=1)
+        newton = _step(slope, (pairs @ even).view(len(place), len(place), -1))
         better = height > value
         place = torch.where(better, trial, place)
         value = torch.where(better, height, value)
         step = torch.where(better, newton, step / 4)
         gain = torch.where(better, (slope * newton).sum(0), gain / 4)
         result.scatter_reduce_(0, kernel, value, "amax")
-        rising = gain > 2e-6 * value
-        keep = rising.nonzero()[:, 0]
+        keep = (gain > 2e-6 * value).nonzero()[:, 0]
         if not len(keep):
             break
         if 4 * len(keep) < 3 * len(kernel):
-            kernel, value, gain = kernel[keep], value[keep], gain[keep]
-            squares, place, step = squares[:, keep], place[:, keep], step[:, keep]
+            kernel, value, gain, squares, place, step = (
+                each.index_select(-1, keep) for each in (kernel, value, gain, squares, place, step)
+            )
 
 
-def _ascent(slope: Tensor, bend: Tensor) -> Tensor:
-    """Newton step uphill, shape (axes, points); bend is the negative Hessian."""
+def _step(slope: Tensor, bend: Tensor) -> Tensor:
+    """Newton step uphill, cut short, shape (axes, points); bend is the negative Hessian."""
     # Elimination with pivots made positive: the Newton step where the Hessian is negative
     # definite, else a step that still goes up. The floor keeps flat directions finite.
     rows, right, axes = list(bend.unbind(0)), list(slope.unbind(0)), range(len(slope))
@@ -186,4 +240,5 @@ def _ascent(slope: Tensor, bend: Tensor) -> Tensor:
     for i in reversed(axes):
         for j in axes[i + 1 :]:
             right[i] = right[i] - rows[i][j] * right[j]
-    return torch.stack(right)
+    step = torch.stack(right)
+    return step * (_LONGEST_STEP / step.abs().amax(0)).clamp_(max=1)

@@ -149,6 +149,7 @@ BATCHES = [  # size, stride, kernels of each kind
     ((9,), 1, 10000),
     ((3, 3, 3), (1, 2, 1), 400),
     ((3, 3, 3), 1, 60),
+    ((5, 5, 5), 2, 40),
 ]
 
 
@@ -158,6 +159,7 @@ def test_no_maximum_is_missed_among_thousands(size, stride, count, monkeypatch):
     found = operator_norms(weight.float(), stride).double()
     monkeypatch.setattr(fxlean.suprema, "_DENSITY", (64, 20, 12))
     monkeypatch.setattr(fxlean.suprema, "_SLOPE", (0.5, 0.5, 0.5))
+    monkeypatch.setattr(fxlean.suprema, "_SLACK", 1.0)
     expected = operator_norms(weight, stride)
     torch.testing.assert_close(found, expected, rtol=5e-6, atol=0)
 
@@ -299,15 +301,31 @@ def test_chunks_change_nothing(size, order, monkeypatch):
     torch.testing.assert_close(torch.cat(each), whole, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("order", ["spectral", "nuclear"])
 @pytest.mark.parametrize("size", [(3, 3), (5, 5, 5)])
-def test_transforms_agree(size, monkeypatch):
+def test_transforms_agree(size, order, monkeypatch):
     weight = random_kernels("normal", (3, 3, *size))
-    usual = operator_norms(weight, 1)
-    for matrix_limit, lags_limit in itertools.product((0, 2**40), repeat=2):
-        monkeypatch.setattr(fxlean.norms, "MATRIX_LIMIT", max(matrix_limit, 1))
-        monkeypatch.setattr(fxlean.suprema, "MATRIX_LIMIT", max(matrix_limit, 1))
+    usual = operator_norms(weight, order=order)
+    for matrix_limit, lags_limit in itertools.product((1, 2**40), (0, 2**40)):
+        monkeypatch.setattr(fxlean.norms, "_MATRIX_LIMIT", matrix_limit)
         monkeypatch.setattr(fxlean.norms, "_LAGS_LIMIT", lags_limit)
-        torch.testing.assert_close(operator_norms(weight, 1), usual, rtol=1e-5, atol=0)
+        torch.testing.assert_close(operator_norms(weight, order=order), usual, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [(2,), (5,), (3, 3), (1, 4), (4, 2, 3), (3, 1, 2)])
+def test_values_on_the_coarse_grid(size):
+    lags = fxlean.norms._lags(size, [1] * len(size))
+    squares = torch.randn(len(lags), 3, dtype=torch.float64)
+    coarse = fxlean.suprema.coarse_grid(lags, squares)
+    assert coarse is not None
+    found = fxlean.suprema._coarse_values(squares, coarse)
+    assert found.shape == (*coarse.extents, 3)
+    for place in itertools.product(*map(range, coarse.extents)):
+        shifted = zip(place, fxlean.suprema._SHIFT, coarse.points, strict=False)
+        turns = [(i - 1 + shift) / n for i, shift, n in shifted]
+        frequency = 2 * math.pi * torch.tensor(turns, dtype=torch.float64)
+        expected = (coarse.lags.double() @ frequency).cos() @ squares
+        torch.testing.assert_close(found[place], expected)
 
 
 @pytest.mark.parametrize("order", ORDERS)
