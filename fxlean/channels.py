@@ -14,8 +14,9 @@ from .flows import Flow, make_flow, scalar_gain
 from .graph import Kind
 from .movements import moves
 from .rules import rule_for
+from .sandbox import untouched
 from .site import Site
-from .tracing import Piece, Trace, untouched
+from .tracing import Piece, Trace
 from .weights import Constants
 from .wiring import Block, Wiring
 

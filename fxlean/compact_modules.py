@@ -21,7 +21,7 @@ CONVOLUTIONS: dict[Any, type[nn.Module]] = {
     aten.conv_transpose2d: nn.ConvTranspose2d,
     aten.conv_transpose3d: nn.ConvTranspose3d,
 }
-BATCH_NORMS = frozenset({aten.batch_norm, aten._native_batch_norm_legit_no_training})
+_BATCH_NORMS = frozenset({aten.batch_norm, aten._native_batch_norm_legit_no_training})
 NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
@@ -87,7 +87,7 @@ def layers_of(graph: fx.Graph, value: Callable[[fx.Node], Any]) -> dict[fx.Node,
             layer = _convolution(node, CONVOLUTIONS[packet], value)
         elif packet is aten.linear and node.meta["val"].dim() == 2:
             layer = _linear(node, value)
-        elif packet in BATCH_NORMS:
+        elif packet in _BATCH_NORMS:
             layer = _batch_norm(node, value)
         if layer is not None:
             found[node] = layer

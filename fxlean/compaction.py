@@ -19,9 +19,11 @@ from .compact_rewrite import rewritten
 from .compact_slots import Slots
 from .compact_walk import walk
 from .errors import ArgumentError, CompactionError
+from .inputs import as_arguments
 from .masks import RefreshMasks
 from .pruning import check_model, unwrapped
-from .tracing import Trace, as_arguments, evaluating, trace_model
+from .sandbox import evaluating
+from .tracing import Trace, trace_model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 

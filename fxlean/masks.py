@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from .prunable import Prunable
-from .tracing import untouched
+from .sandbox import untouched
 from .wiring import Weight, Wiring
 
 

@@ -6,11 +6,7 @@ pure operator. Nothing is computed: the tensors are fake.
 
 from __future__ import annotations
 
-import inspect
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from .errors import ArgumentError, TraceError
-
-SIZES = {
-    1: ((1024,), (128,), (4096,), (16,), (16384,)),
-    2: tuple((n, n) for n in (64, 224, 28, 32, 128, 256, 299, 96, 16, 8, 160, 192, 240, 384, 512)),
-    3: (*((n, n, n) for n in (32, 64, 16, 96, 128)), (16, 112, 112), (16, 224, 224)),
-}
+from .inputs import as_arguments, describe, guesses
+from .sandbox import evaluating
 
 
 @dataclass(frozen=True)
@@ -92,7 +84,7 @@ def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
     if example_inputs is not None:
         candidates = [as_arguments(example_inputs)]
     else:
-        candidates = list(_guesses(model))
+        candidates = list(guesses(model))
     failure: Exception | None = None
     for arguments in candidates:
         try:
@@ -109,127 +101,14 @@ def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
     assert failure is not None
     if example_inputs is not None:
         raise ArgumentError(
-            f"{type(model).__name__} rejects the example inputs {_describe(candidates[0])}: "
+            f"{type(model).__name__} rejects the example inputs {describe(candidates[0])}: "
             f"{_first_line(failure)}. Pass example_inputs that model(*example_inputs) accepts."
         ) from failure
-    tried = ", ".join(_describe(arguments) for arguments in candidates)
+    tried = ", ".join(describe(arguments) for arguments in candidates)
     raise TraceError(
         f"{type(model).__name__} accepts none of the inputs tried ({tried}); the last failed "
         f"with: {_first_line(failure)}. Pass example_inputs=, a tensor or a tuple of arguments."
     ) from failure
-
-
-def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as a tuple of positional arguments."""
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arguments)):
-        raise ArgumentError(
-            f"example_inputs holds no tensor but {type(example_inputs).__name__}. Pass a tensor, "
-            "or a tuple of the positional arguments of the model."
-        )
-    return arguments
-
-
-def _guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
-    """Inputs of common sizes for a model whose first convolution says channels and dimensions."""
-    firsts = _first_convolutions(model)
-    signature = inspect.signature(model.forward).parameters.values()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in signature if p.kind in positional and p.default is p.empty]
-    for sizes in zip(*(SIZES[weight.dim() - 2] for weight, _ in firsts), strict=False):
-        for size, (weight, channels) in zip(sizes, firsts, strict=True):
-            image = torch.zeros((1, channels, *size), dtype=weight.dtype, device=weight.device)
-            yield (image,) * max(1, len(needed))
-
-
-def _first_convolutions(model: nn.Module) -> list[tuple[Tensor, int]]:
-    """Weight and number of input channels of what may be the first convolution.
-
-    The first convolution module, in order of registration, and the first parameter outside of
-    such modules that could be a kernel: a functional convolution, or just a position embedding.
-    """
-    modules, parameters = [], []
-    for module in model.modules():
-        weight, channels = getattr(module, "weight", None), getattr(module, "in_channels", None)
-        if isinstance(weight, Tensor) and 3 <= weight.dim() <= 5 and isinstance(channels, int):
-            modules.append((weight, channels))
-            continue
-        own = [p for p in module.parameters(recurse=False) if 3 <= p.dim() <= 5]
-        parameters += [(parameter, parameter.shape[1]) for parameter in own]
-    if not modules and not parameters:
-        raise ArgumentError(
-            f"{type(model).__name__} has no parameter that could be a convolution kernel (3 to 5 "
-            "dimensions), so there is nothing to prune and no input shape to infer. If its "
-            "convolutions are elsewhere, pass example_inputs=."
-        )
-    return modules[:1] + parameters[:1]
-
-
-@contextmanager
-def untouched(model: nn.Module, *, always: bool = True) -> Iterator[None]:
-    """Put back attributes, parameters, buffers, hooks, training flags and RNG state on leaving.
-
-    With `always=False` only if the block raises. Values that the block writes into tensors in
-    place are put back for buffers, not for parameters and masks, which no forward pass writes.
-    """
-    modules = [(module, _shallow(module.__dict__)) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for module, _ in modules for buffer in _written(module)]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    done = False
-    with torch.random.fork_rng(list(devices), enabled=always):
-        try:
-            yield
-            done = not always
-        finally:
-            if not done:
-                for module, saved in modules:
-                    _restore(module.__dict__, saved)
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.data.copy_(value)
-
-
-def _written(module: nn.Module) -> list[Tensor]:
-    """The module's own buffers that a forward pass may write."""
-    masked = [key.removesuffix("_orig") for key in module._parameters if key.endswith("_orig")]
-    masks = {f"{name}_mask" for name in masked}
-    named = module.named_buffers(recurse=False)
-    return [buffer for name, buffer in named if not buffer.is_meta and name not in masks]
-
-
-def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Every attribute with, for containers, a copy of what it holds."""
-    return {
-        key: (value, value.copy() if isinstance(value, dict | list | set) else None)
-        for key, value in attributes.items()
-    }
-
-
-def _restore(attributes: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> None:
-    attributes.clear()
-    for key, (value, content) in saved.items():
-        if isinstance(value, list):
-            value[:] = content
-        elif isinstance(value, dict | set):
-            value.clear()
-            value.update(content)
-        attributes[key] = value
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode without gradients, silent, and everything as before afterwards."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # prints whatever does not fit
-    silent = log.disabled
-    with untouched(model), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for module in model.modules():
-            module.training = False
-        log.disabled = True
-        try:
-            yield
-        finally:
-            log.disabled = silent
 
 
 def _trace(model: nn.Module, name: str, arguments: tuple[Any, ...]) -> tuple[Piece, frozenset[str]]:
@@ -337,11 +216,6 @@ def _trace_children(model: nn.Module, calls: dict[str, _Call], failure: Exceptio
 
 def _tensors(tree: Any) -> tuple[object, ...]:
     return tuple(leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-def _describe(arguments: tuple[Any, ...]) -> str:
-    leaves = pytree.tree_leaves(arguments)
-    return " + ".join(str(tuple(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _first_line(err: BaseException) -> str:

@@ -8,7 +8,9 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils._pytree import tree_leaves
 
 import fxlean
-from fxlean.tracing import as_arguments, trace_model, untouched
+from fxlean.inputs import as_arguments
+from fxlean.sandbox import untouched
+from fxlean.tracing import trace_model
 from tests.blocks import conv, conv_bn_relu
 from tests.zoo import ZOO, make
 
