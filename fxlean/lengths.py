@@ -62,14 +62,22 @@ def kernel_norms(weight: Weight, norm: str) -> Tensor:
     kernels = weight.kernels(weight.value.detach())
     if weight.columns is None:
         return operator_norms(kernels, weight.stride, dilation=weight.dilation, order=norm)
-    magnitude = kernels.abs().float() if kernels.element_size() < 4 else kernels.abs()
-    columns = weight.columns.to(kernels.device)
-    count = int(columns.max()) + 1
-    if count == len(columns):
-        return torch.empty_like(magnitude).index_copy_(1, columns, magnitude)
-    power = 1 if norm == "l1" else 2
-    sums = magnitude.new_zeros(len(kernels), count)
-    return sums.index_add_(1, columns, magnitude**power) ** (1 / power)
+    return _column_norms(kernels, weight.columns.to(kernels.device), 1 if norm == "l1" else 2)
+
+
+def _column_norms(matrix: Tensor, columns: Tensor, power: int) -> Tensor:
+    """Norm, in every row, of the entries with the same column number; shape (rows, numbers)."""
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    order, times = columns.argsort(stable=True), columns.bincount()
+    result = matrix.new_zeros(len(matrix), len(times), dtype=dtype)
+    for count in times.unique().tolist():
+        numbers = times == count
+        chosen = order[numbers[columns[order]]]
+        in_order = torch.equal(chosen, torch.arange(matrix.shape[1], device=chosen.device))
+        part = matrix if in_order else matrix.index_select(1, chosen)
+        together = part.unflatten(1, (int(numbers.sum()), count))
+        result[:, numbers] = torch.linalg.vector_norm(together, power, dim=2, dtype=dtype)
+    return result
 
 
 def _geometry(weight: Weight) -> tuple[object, ...]:

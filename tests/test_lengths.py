@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxlean
+from fxlean.lengths import kernel_norms
 from fxlean.norms import operator_norms
+from fxlean.wiring import Weight
 from tests.blocks import Apply, conv
 from tests.oracles import read
 from tests.zoo import randomise_norms
@@ -171,6 +173,31 @@ def test_a_shared_layer_has_the_gains_of_each_of_its_calls():
     folded, plain = (graph.lengths[graph.length_start[row] :][:4] for row in rows)
     torch.testing.assert_close(torch.from_numpy(plain), norms(shared)[0])
     torch.testing.assert_close(torch.from_numpy(folded), norms(shared)[0] * scale(norm)[0])
+
+
+FEATURES = [  # the channel of every feature of a linear layer
+    [0, 1, 2, 3],
+    [2, 0, 3, 1],
+    [0, 0, 1, 1, 2, 2],
+    [0, 1, 2, 0, 1, 2],
+    [1, 0, 0, 1, 2, 0, 3],
+    [3, 3, 0, 0],
+]
+
+
+@pytest.mark.parametrize("norm", ["spectral", "l1"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("features", FEATURES)
+def test_features_of_one_channel_are_one_kernel(features, dtype, norm):
+    value = torch.randn(5, len(features)).to(dtype)
+    columns = torch.tensor(features)
+    found = kernel_norms(Weight("classifier", value, columns=columns), norm)
+    assert found.shape == (5, max(features) + 1)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    for channel in range(max(features) + 1):
+        taps = value[:, columns == channel].to(found.dtype)
+        expected = taps.abs().sum(1) if norm == "l1" else taps.square().sum(1).sqrt()
+        torch.testing.assert_close(found[:, channel], expected)
 
 
 @pytest.mark.parametrize("spoil", ["weight", "running_var", "bias"])
