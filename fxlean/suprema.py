@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 _CPU_CHUNK = 2**20  # numbers in one intermediate array: stays in the cache
 _GPU_CHUNK = 2**22  # enough to fill a GPU, and a few such arrays stay below 100 MB
+_WAITING = 8  # how many times as many numbers may wait, so that climbs are many at once
 _DENSITY = (8, 8, 6)  # coarse grid points per turn of the longest lag, in 1-D, 2-D and 3-D
 _SLOPE = (2.0, 2.0, 1.0)  # how far blocks beside a higher point are marked down, likewise
 _SHIFT = (0.5, -0.55, -0.6)  # of the grid along each axis, in units of its spacing
@@ -90,22 +91,21 @@ def suprema(squares: Tensor, coarse: Coarse) -> Tensor:
     # Zero and half turns are stationary by symmetry, and often the maximum.
     odd = _box([2] * len(coarse.points)) @ coarse.lags.T % 2
     result = ((1 - 2 * odd).to(squares) @ squares).amax(0)
-    # Where all cosines are one there is no more to gain; blocks of constants would be many.
+    # Where all cosines are one there is no more to gain, nor from NaN; constants are such.
     done = ~(result < bounds * (1 - 1e-6))
     result = torch.where(done, bounds, result)
     floor = torch.where(done, math.inf, result)
     count = max(1, room(squares) // math.prod(coarse.extents))
-    found = []
+    found, waiting = [], 0
     for start in range(0, len(bounds), count):
         part = slice(start, start + count)
-        kernel, *blocks = _blocks(_coarse_values(squares[:, part], coarse), floor[part])
-        found.append((kernel + start, *blocks))
-    starts = _starts(result, *[torch.cat(each, -1) for each in zip(*found, strict=True)])
-    points = torch.tensor(coarse.points, dtype=torch.double, device="cpu")
-    lags = (coarse.lags * (2 * math.pi / points)).to(squares)
-    piece = max(1, room(squares) // len(lags))
-    for some in zip(*[each.split(piece, -1) for each in starts], strict=True):
-        _climb(result, squares, lags, _Starts(*some))
+        kernel, place, around = _blocks(_coarse_values(squares[:, part], coarse), floor[part])
+        found.append((kernel + start, place, around))
+        waiting += around.numel()
+        if waiting > _WAITING * room(squares) or start + count >= len(bounds):
+            blocks = [torch.cat(each, -1) for each in zip(*found, strict=True)]
+            _climb(result, squares, coarse, _starts(result, *blocks))
+            found, waiting = [], 0
     return result
 
 
@@ -197,8 +197,16 @@ def _differences(axes: int) -> Tensor:
     return matrix
 
 
-def _climb(result: Tensor, squares: Tensor, lags: Tensor, starts: _Starts) -> None:
+def _climb(result: Tensor, squares: Tensor, coarse: Coarse, starts: _Starts) -> None:
     """Raise the result of each kernel to the maxima of its squared symbol near the starts."""
+    points = torch.tensor(coarse.points, dtype=torch.double, device="cpu")
+    lags = (coarse.lags * (2 * math.pi / points)).to(squares)
+    piece = max(1, room(squares) // len(lags))
+    for some in zip(*[each.split(piece, -1) for each in starts], strict=True):
+        _climb_together(result, squares, lags, _Starts(*some))
+
+
+def _climb_together(result: Tensor, squares: Tensor, lags: Tensor, starts: _Starts) -> None:
     kernel, place, step, gain = starts
     squares = squares.index_select(1, kernel)
     pairs = (lags[:, :, None] * lags[:, None, :]).flatten(1).T.contiguous()
