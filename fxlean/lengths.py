@@ -62,7 +62,7 @@ def kernel_norms(weight: Weight, norm: str) -> Tensor:
     kernels = weight.kernels(weight.value.detach())
     if weight.columns is None:
         return operator_norms(kernels, weight.stride, dilation=weight.dilation, order=norm)
-    return _column_norms(kernels, weight.columns.to(kernels.device), 1 if norm == "l1" else 2)
+    return _column_norms(kernels, weight.columns, 1 if norm == "l1" else 2)
 
 
 def _column_norms(matrix: Tensor, columns: Tensor, power: int) -> Tensor:
@@ -70,13 +70,14 @@ def _column_norms(matrix: Tensor, columns: Tensor, power: int) -> Tensor:
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     order, times = columns.argsort(stable=True), columns.bincount()
     result = matrix.new_zeros(len(matrix), len(times), dtype=dtype)
-    for count in times.unique().tolist():
+    for count in times[times > 0].unique().tolist():
         numbers = times == count
         chosen = order[numbers[columns[order]]]
-        in_order = torch.equal(chosen, torch.arange(matrix.shape[1], device=chosen.device))
-        part = matrix if in_order else matrix.index_select(1, chosen)
-        together = part.unflatten(1, (int(numbers.sum()), count))
-        result[:, numbers] = torch.linalg.vector_norm(together, power, dim=2, dtype=dtype)
+        in_order = torch.equal(chosen, torch.arange(matrix.shape[1], device="cpu"))
+        part = matrix if in_order else matrix.index_select(1, chosen.to(matrix.device))
+        together = part.unflatten(1, (-1, count))
+        norms = torch.linalg.vector_norm(together, power, dim=2, dtype=dtype)
+        result.index_copy_(1, numbers.nonzero()[:, 0].to(matrix.device), norms)
     return result
 
 

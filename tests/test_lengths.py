@@ -200,6 +200,13 @@ def test_features_of_one_channel_are_one_kernel(features, dtype, norm):
         torch.testing.assert_close(found[:, channel], expected)
 
 
+@pytest.mark.parametrize("features", FEATURES)
+def test_kernels_of_a_linear_layer_are_weighed_on_its_device(features):
+    # Nothing can be copied from the meta device, which stands for a GPU.
+    value = torch.empty(5, len(features), device="meta")
+    assert kernel_norms(Weight("fc", value, columns=torch.tensor(features)), "spectral").is_meta
+
+
 @pytest.mark.parametrize("spoil", ["weight", "running_var", "bias"])
 def test_broken_numbers_are_told_by_layer(spoil):
     model = network(conv(3, 4), nn.BatchNorm2d(4), conv(4, 2))

@@ -341,6 +341,27 @@ def test_dtypes(order):
         torch.testing.assert_close(found, expected.float(), rtol=2e-2, atol=0)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("grid", [None, 8])
+@pytest.mark.parametrize("size", [(3,), (1, 1), (3, 3), (13, 13), (5, 5, 5), (70,)])
+def test_nothing_is_read_back_from_a_device(size, grid, order, monkeypatch):
+    # The meta device stands for a GPU: nothing can be copied from it, and elementwise operators
+    # refuse a tensor of the host beside one of it. Only the number of starts must be made up.
+    nonzero = Tensor.nonzero
+
+    def found(mask: Tensor) -> Tensor:
+        return mask.new_empty((5, mask.dim()), dtype=torch.long) if mask.is_meta else nonzero(mask)
+
+    monkeypatch.setattr(Tensor, "nonzero", found)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(fxlean.norms, "_check_weight", lambda weight: None)
+    for stride in (1, 2):
+        weight = torch.empty(8, 4, *size, device="meta")
+        norms = operator_norms(weight, stride, order=order, grid=grid)
+        assert norms.is_meta
+        assert norms.shape == (8, 4)
+
+
 def test_precision_settings_of_the_caller_change_nothing():
     weight = random_kernels("normal", (8, 8, 3, 3)).float()
     expected = operator_norms(weight)
