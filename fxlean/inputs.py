@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +67,6 @@ def _first_convolutions(model: nn.Module) -> list[tuple[Tensor, int]]:
 
 
 def describe(arguments: tuple[Any, ...]) -> str:
-    """The arguments with shapes in place of tensors, for messages."""
+    """The arguments, long ones cut short, with shapes in place of tensors; for messages."""
     shapes = pytree.tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), arguments)
-    return " + ".join(map(str, shapes))
+    return " + ".join(map(reprlib.repr, shapes))

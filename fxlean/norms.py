@@ -85,7 +85,9 @@ def operator_norms(
         return kernels.view(weight.shape[:2]).to(norms.dtype).abs()
     lags = _lags(size, steps)
     work_type = _work_type(weight, order)
-    coarse = coarse_grid(lags, weight.new_empty(0, dtype=work_type))
+    coarse = None
+    if order == "spectral" and grid is None and len(lags) > 1:
+        coarse = coarse_grid(lags, weight.new_empty(0, dtype=work_type))
     count = max(1, 2 * room(weight) // max(len(lags), size.numel()))
     for start in range(0, len(kernels), count):
         taps = kernels[start : start + count].movedim(0, -1).to(work_type).contiguous()
@@ -162,25 +164,27 @@ def _measure(
     squares = _autocorrelation(taps, steps, lags)
     if grid is not None:
         return _on_grid(squares, lags, order, grid) * scale
-    if coarse is None:
+    if coarse is not None:
+        return suprema(squares, coarse).sqrt() * scale
+    if len(lags) == 1:  # the symbol is constant
         return squares[0].sqrt() * scale
-    if order == "nuclear":
-        axes = coarse.lags.shape[1]
-        points = _NUCLEAR_DENSITY[axes - 1] * int(coarse.lags.amax())
-        return _on_grid(squares, coarse.lags, order, points) / float(points) ** axes * scale
-    return suprema(squares, coarse).sqrt() * scale
+    varying = lags[:, lags.amax(0) > 0]
+    axes = varying.shape[1]
+    points = _NUCLEAR_DENSITY[axes - 1] * int(varying.amax())
+    return _on_grid(squares, varying, "nuclear", points) / float(points) ** axes * scale
 
 
 def _autocorrelation(taps: Tensor, steps: Sequence[int], lags: Tensor) -> Tensor:
     """Cosine coefficients of the squared symbols, shape (lags, kernels)."""
     size = taps.shape[:-1]
     axes = tuple(range(len(size)))
-    shifts = lags * torch.tensor(steps)
+    shifts = lags * torch.tensor(steps, device="cpu")
     if len(lags) > _LAGS_LIMIT:
         padded = [2 * k - 1 for k in size]
         spectrum = torch.view_as_real(torch.fft.rfftn(taps, s=padded, dim=axes))
         full = torch.fft.irfftn(spectrum.square().sum(-1), s=padded, dim=axes)
-        squares: Tensor = full[tuple((shifts % torch.tensor(padded)).to(taps.device).unbind(1))]
+        place = shifts % torch.tensor(padded, device="cpu")
+        squares: Tensor = full[tuple(place.to(taps.device).unbind(1))]
     else:
         squares = taps.new_empty(len(lags), taps.shape[-1])
         for row, shift in zip(squares, shifts.tolist(), strict=True):

@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 _CPU_CHUNK = 2**20  # numbers in one intermediate array: stays in the cache
-_GPU_CHUNK = 2**22  # enough to fill a GPU, and a few such arrays stay below 100 MB
-_WAITING = 8  # how many times as many numbers may wait, so that climbs are many at once
+_GPU_CHUNK = 2**22  # enough to fill a GPU
+_MATRIX_LIMIT = 2**20  # numbers in the Fourier matrix of an axis; above it, transform by FFT
+# What follows was tuned on random kernels of many kinds, see the tests, to miss no maximum.
 _DENSITY = (8, 8, 6)  # coarse grid points per turn of the longest lag, in 1-D, 2-D and 3-D
-_SLOPE = (2.0, 2.0, 1.0)  # how far blocks beside a higher point are marked down, likewise
 _SHIFT = (0.5, -0.55, -0.6)  # of the grid along each axis, in units of its spacing
-_FIRST_STEP = (0.9, 0.85, 0.8)  # of the way to the estimated maximum, along each axis
-_LONGEST_STEP = 0.75  # in units of the spacing
+_SLOPE = (2.0, 2.0, 1.0)  # how far blocks beside a higher point are marked down, for 1 to 3 axes
 _PROMISE = 1.5  # how far a maximum may be above the point beside it, in gains of its first step
 _SLACK = 0.05  # and how much farther, as a fraction of the highest value
+_FIRST_STEP = (0.9, 0.85, 0.8)  # of the way to the estimated maximum, along each axis
+_LONGEST_STEP = 0.75  # in units of the spacing
 _NEWTON_STEPS = 12
+_WAITING = 8  # chunks' worth of values around starts, before climbing from all of them
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,14 @@ class Coarse:
     """Half a turn of equally spaced frequencies, and a rim of one point around.
 
     Squared symbols are even, so zero and half turns are stationary, and may be minima. The grid
-    is shifted: they lie inside of its blocks, away from its points.
+    is shifted away from them, not by half of its spacing along every axis, so that no point is
+    as far from one maximum as from its mirror image.
     """
 
-    lags: Tensor  # (lags, axes), only axes along which the symbols vary
+    lags: Tensor  # (lags, axes), in lexicographic order from zero on
     points: list[int]  # per turn, for each axis
     extents: list[int]  # number of points along each axis, the rim included
-    transforms: list[Tensor]  # Fourier matrix of each axis
+    transforms: list[Tensor | None]  # Fourier matrix of each axis; None where too large
 
 
 class _Starts(NamedTuple):
@@ -41,8 +44,8 @@ class _Starts(NamedTuple):
 
     kernel: Tensor  # (starts,)
     place: Tensor  # (axes, starts)
-    step: Tensor  # the first one, (axes, starts)
-    gain: Tensor  # of the squared symbol, by its slope and this step, (starts,)
+    step: Tensor  # a little less than to the estimated maximum, (axes, starts)
+    gain: Tensor  # of the squared symbol by its slope, all the way there, (starts,)
 
 
 def room(like: Tensor) -> int:
@@ -50,19 +53,20 @@ def room(like: Tensor) -> int:
     return _CPU_CHUNK if like.device.type == "cpu" else _GPU_CHUNK
 
 
-def coarse_grid(lags: Tensor, like: Tensor) -> Coarse | None:
-    """The grid to climb from; None where all symbols are constant."""
+def coarse_grid(lags: Tensor, like: Tensor) -> Coarse:
+    """The grid to climb from, for lags of shape (lags, axes) that vary along some axis."""
     lags = lags[:, lags.amax(0) > 0]
     degrees = lags.amax(0).tolist()
-    if not degrees:
-        return None
     points = [_DENSITY[len(degrees) - 1] * m for m in degrees]
     half = points[0] // 2
     extents = [end + 2 for end in (half + half % 2, *points[1:])]
-    transforms = []
+    transforms: list[Tensor | None] = []
     for axis, (m, n) in enumerate(zip(degrees, points, strict=True)):
+        lag = _lags_along(axis, m)
+        if len(lag) * extents[axis] > _MATRIX_LIMIT:
+            transforms.append(None)
+            continue
         place = torch.arange(-1, extents[axis] - 1, dtype=torch.double, device="cpu") + _SHIFT[axis]
-        lag = torch.arange(-m if axis else 0, m + 1, device="cpu")
         phase = 2 * math.pi / n * place[:, None] * lag
         cos, sin = phase.cos(), phase.sin()
         # Shape (part, place, lag, part), the parts being real and imaginary. Coefficients, which
@@ -73,20 +77,56 @@ def coarse_grid(lags: Tensor, like: Tensor) -> Coarse | None:
     return Coarse(lags, points, extents, transforms)
 
 
+def _lags_along(axis: int, degree: int) -> Tensor:
+    """The lags along an axis; the first axis has no negative ones."""
+    return torch.arange(-degree if axis else 0, degree + 1, device="cpu")
+
+
 def _coarse_values(squares: Tensor, coarse: Coarse) -> Tensor:
     """Squared symbols, shape (*extents, kernels)."""
-    # Lags stand in lexicographic order from zero on; zeros take the places of those before.
-    sizes = [2 * m + 1 for m in coarse.lags.amax(0).tolist()]
+    lags = [_lags_along(axis, m) for axis, m in enumerate(coarse.lags.amax(0).tolist())]
+    sizes = [len(lag) for lag in lags]
+    # Zeros take the places of the lags before zero.
     values = pad(squares, (0, 0, math.prod(sizes[1:]) // 2, 0))
-    sizes[0] = sizes[0] // 2 + 1
     for axis in reversed(range(len(sizes))):
         matrix, before = coarse.transforms[axis], math.prod(sizes[:axis])
-        values = matrix.expand(before, -1, -1) @ values.reshape(before, matrix.shape[1], -1)
-    return values.view(*coarse.extents, -1)
+        if matrix is None:
+            parts = 2 if axis + 1 < len(sizes) else 1
+            values = _by_fft(
+                values.reshape(before, sizes[axis], parts, -1), lags[axis], axis, coarse
+            )
+        else:
+            values = matrix.expand(before, -1, -1) @ values.reshape(before, matrix.shape[1], -1)
+    return values.reshape(*coarse.extents, -1)
+
+
+def _by_fft(values: Tensor, lags: Tensor, axis: int, coarse: Coarse) -> Tensor:
+    """What the Fourier matrix of an axis makes of values of shape (before, lags, parts, after)."""
+    points = coarse.points[axis]
+    phase = 2 * math.pi / points * _SHIFT[axis] * lags.to(values)
+    shift = torch.complex(phase.cos(), phase.sin())[:, None]
+    real, imaginary = pad(values, (0, 0, 0, 2 - values.shape[2])).unbind(2)
+    numbers = torch.complex(real, imaginary) * shift
+    spread = numbers.new_zeros(len(values), points, values.shape[-1])
+    spread.index_copy_(1, (lags % points).to(values.device), numbers)
+    place = torch.arange(-1, coarse.extents[axis] - 1, device="cpu") % points
+    result = torch.fft.ifft(spread, dim=1, norm="forward")
+    result = result.index_select(1, place.to(values.device))
+    return (
+        torch.stack([result.real, result.imag], 1).flatten(1, 2)
+        if axis
+        else result.real.contiguous()
+    )
 
 
 def suprema(squares: Tensor, coarse: Coarse) -> Tensor:
-    """Maxima of the squared symbols over all frequencies, shape (kernels,)."""
+    """Maxima over all frequencies, shape (kernels,); NaN where a coefficient is.
+
+    Args:
+        squares: cosine coefficients of the squared symbols, shape (lags, kernels), of which none
+            is negative anywhere.
+        coarse: the grid for these lags.
+    """
     bounds = squares.abs().sum(0)
     # Zero and half turns are stationary by symmetry, and often the maximum.
     odd = _box([2] * len(coarse.points)) @ coarse.lags.T % 2
@@ -104,8 +144,8 @@ def suprema(squares: Tensor, coarse: Coarse) -> Tensor:
         waiting += around.numel()
         if waiting > _WAITING * room(squares) or start + count >= len(bounds):
             blocks = [torch.cat(each, -1) for each in zip(*found, strict=True)]
-            _climb(result, squares, coarse, _starts(result, *blocks))
             found, waiting = [], 0
+            _climb(result, squares, coarse, _starts(result, *blocks))
     return result
 
 
@@ -121,17 +161,17 @@ def _blocks(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     highest = torch.maximum(scores.flatten(0, -2).amax(0), floor)
     # Riesz: a T >= 0 of exponential type m has T(x + d) >= T(x) cos(m d / 2)^2 at its maximum x.
     nearest = math.cos(math.pi * axes / (2 * _DENSITY[axes - 1])) ** 2
-    found = (scores > highest * nearest).view(-1).nonzero()[:, 0]
-    block, kernel = found // scores.shape[-1], found % scores.shape[-1]
+    chosen = (scores > highest * nearest).view(-1).nonzero()[:, 0]
+    block, kernel = chosen // scores.shape[-1], chosen % scores.shape[-1]
     strides = torch.tensor(values.stride()[:-1], device="cpu")
     origins, corners, around = 2 * _box(scores.shape[:-1]), _box([2] * axes), _box([3] * axes) - 1
-    first = ((origins + 1) @ strides).to(found).index_select(0, block) + kernel
-    jumps = (corners @ strides).to(found)
+    first = ((origins + 1) @ strides).to(chosen).index_select(0, block) + kernel
+    jumps = (corners @ strides).to(chosen)
     corner = _take(values, first + jumps[:, None]).max(0).indices
-    place = origins.T.to(found).index_select(1, block)
-    place += corners.T.to(found).index_select(1, corner)
+    place = origins.T.to(chosen).index_select(1, block)
+    place += corners.T.to(chosen).index_select(1, corner)
     here = first + jumps.index_select(0, corner)
-    return kernel, place, _take(values, here + (around @ strides).to(found)[:, None])
+    return kernel, place, _take(values, here + (around @ strides).to(chosen)[:, None])
 
 
 def _scores(values: Tensor) -> Tensor:

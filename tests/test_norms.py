@@ -117,6 +117,7 @@ FINE = [  # size, stride, kernels, points per axis
     ((2,), (1,), 400, 2048),
     ((9,), (1,), 200, 4096),
     ((9,), (2,), 200, 2048),
+    ((1200,), (1,), 3, 2**17),
     ((3, 3), (1, 1), 6, 768),
     ((2, 3), (1, 1), 6, 768),
     ((1, 3), (1, 1), 6, 768),
@@ -312,12 +313,14 @@ def test_transforms_agree(size, order, monkeypatch):
         torch.testing.assert_close(operator_norms(weight, order=order), usual, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("by_fft", [False, True])
 @pytest.mark.parametrize("size", [(2,), (5,), (3, 3), (1, 4), (4, 2, 3), (3, 1, 2)])
-def test_values_on_the_coarse_grid(size):
+def test_values_on_the_coarse_grid(size, by_fft, monkeypatch):
+    monkeypatch.setattr(fxlean.suprema, "_MATRIX_LIMIT", 0 if by_fft else 2**40)
     lags = fxlean.norms._lags(size, [1] * len(size))
     squares = torch.randn(len(lags), 3, dtype=torch.float64)
     coarse = fxlean.suprema.coarse_grid(lags, squares)
-    assert coarse is not None
+    assert all((matrix is None) == by_fft for matrix in coarse.transforms)
     found = fxlean.suprema._coarse_values(squares, coarse)
     assert found.shape == (*coarse.extents, 3)
     for place in itertools.product(*map(range, coarse.extents)):
@@ -344,9 +347,9 @@ def test_dtypes(order):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("grid", [None, 8])
 @pytest.mark.parametrize("size", [(3,), (1, 1), (3, 3), (13, 13), (5, 5, 5), (70,)])
-def test_nothing_is_read_back_from_a_device(size, grid, order, monkeypatch):
+def test_only_the_number_of_starts_is_read_back_from_a_device(size, grid, order, monkeypatch):
     # The meta device stands for a GPU: nothing can be copied from it, and elementwise operators
-    # refuse a tensor of the host beside one of it. Only the number of starts must be made up.
+    # refuse a tensor of the host beside one of it.
     nonzero = Tensor.nonzero
 
     def found(mask: Tensor) -> Tensor:
