@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .compact_export import DROPPED, Channels, Made, follow, needed
 from .compact_modules import PaddedCat, layers_of, weight_of
+from .sandbox import on_cpu
 
 aten = torch.ops.aten
 
@@ -38,6 +39,12 @@ def rewritten(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
         ).run_decompositions({})
         source = program.module()
     assert isinstance(source, fx.GraphModule)
+    with on_cpu():
+        return _with_small_layers(model, source)
+
+
+def _with_small_layers(model: nn.Module, source: fx.GraphModule) -> nn.Module:
+    """The exported graph of a model, written anew."""
     source.graph.eliminate_dead_code()
     layers = layers_of(source.graph, _evaluator(source))
     channels = follow(source.graph, layers)
@@ -197,7 +204,8 @@ class _Writer:
         if places == list(range(places[0], places[0] + len(places))):
             return self.graph.call_function(torch.narrow, (node, 1, places[0], len(places)))
         name = f"places_{len(self.root._buffers)}"
-        self.root.register_buffer(name, torch.tensor(places))
+        device = maker.meta["val"].device
+        self.root.register_buffer(name, torch.tensor(places, device=device))
         index = self.graph.get_attr(name)
         return self.graph.call_function(torch.index_select, (node, 1, index))
 

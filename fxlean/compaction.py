@@ -22,7 +22,7 @@ from .errors import ArgumentError, CompactionError
 from .inputs import as_arguments
 from .masks import RefreshMasks
 from .pruning import check_model, unwrapped
-from .sandbox import evaluating
+from .sandbox import evaluating, on_cpu
 from .tracing import Trace, trace_model
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -97,7 +97,7 @@ def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iter
 
 def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
     """Candidates with fewer channels, the smallest first."""
-    with torch.no_grad():
+    with torch.no_grad(), on_cpu():
         slots = walk(bare, trace, reshape=True)
     if slots.strangers:
         try:
@@ -113,7 +113,7 @@ def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[
         else:
             yield candidate
     yield _compacted(bare, slots, pinned=False)
-    with torch.no_grad():
+    with torch.no_grad(), on_cpu():
         slots = walk(bare, trace, reshape=False)
     for pinned in (False, True):
         yield _compacted(bare, slots, pinned=pinned)
@@ -143,6 +143,7 @@ def _doubled(leaf: Any) -> Any:
     return leaf.repeat([1 if dim == 1 else 2 for dim in range(leaf.dim())])
 
 
+@on_cpu()
 def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
     """A copy of a model with every layer cut to size.
 
@@ -209,7 +210,7 @@ def _check_inputs(trace: Trace, example_inputs: Any) -> list[tuple[Any, ...]]:
     def noise(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        return torch.randn(leaf.shape, generator=generator).to(leaf)
+        return torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
 
     return [given, pytree.tree_map(noise, given)]
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from .prunable import Prunable
-from .sandbox import untouched
+from .sandbox import on_cpu, untouched
 from .wiring import Weight, Wiring
 
 
+@on_cpu()
 def parameter_masks(
     model: nn.Module,
     prunable: Prunable,

@@ -24,6 +24,7 @@ from .norms import ORDERS
 from .progress import Stages
 from .prunable import Prunable, find_prunable, resolve_ignored
 from .report import LayerCount, PruneResult, by_reason, some, times
+from .sandbox import on_cpu
 from .tracing import Trace, trace_model
 
 
@@ -221,6 +222,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+@on_cpu()
 def _wired(
     model: nn.Module, trace: Trace, ignore: Any, prune_outputs: bool, include_linear: bool
 ) -> tuple[Wired, Prunable]:
@@ -255,7 +257,7 @@ def _paused_collection() -> Iterator[None]:
 
 def _generator(method: str) -> np.random.Generator:
     """Random numbers that follow `torch.manual_seed`; other methods leave torch's RNG alone."""
-    seed = int(torch.randint(2**62, ())) if method == "random" else 0
+    seed = int(torch.randint(2**62, (), device="cpu")) if method == "random" else 0
     return np.random.default_rng(seed)
 
 

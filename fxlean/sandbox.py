@@ -1,4 +1,4 @@
-"""Blocks of code that leave a model as they found it."""
+"""Blocks of code that leave a model as they found it, or run whatever the user has set."""
 
 from __future__ import annotations
 
@@ -77,3 +77,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             log.disabled = silent
+
+
+@contextmanager
+def on_cpu() -> Iterator[None]:
+    """New tensors on the CPU, where our own numbers are, whatever the default device is."""
+    if torch.get_default_device().type == "cpu":
+        yield  # a device context costs time at every call of torch
+    else:
+        with torch.device("cpu"):
+            yield

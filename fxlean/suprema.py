@@ -219,7 +219,8 @@ def _starts(result: Tensor, kernel: Tensor, place: Tensor, around: Tensor) -> _S
     kernel, place, step, gain = (
         each.index_select(-1, keep.nonzero()[:, 0]) for each in (kernel, place, step, gain)
     )
-    shift, first = step.new_tensor((_SHIFT[:axes], _FIRST_STEP[:axes])).unsqueeze(2)
+    pair = torch.tensor((_SHIFT[:axes], _FIRST_STEP[:axes]), device="cpu")
+    shift, first = pair.to(step).unsqueeze(2)
     return _Starts(kernel, place + shift, step * first, gain)
 
 

@@ -94,7 +94,7 @@ def product_gate(x: Tensor) -> Tensor:
 
 def append_coordinates(x: Tensor) -> Tensor:
     """`x` with two more channels: the vertical and horizontal position of each pixel."""
-    axes = [torch.linspace(-1, 1, length, dtype=x.dtype) for length in x.shape[2:]]
+    axes = [torch.linspace(-1, 1, length, dtype=x.dtype, device=x.device) for length in x.shape[2:]]
     positions = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     return torch.cat([x, positions.expand(len(x), -1, -1, -1)], dim=1)
 
