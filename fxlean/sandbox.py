@@ -1,4 +1,4 @@
-"""Blocks of code that leave a model as they found it, or run whatever the user has set."""
+"""Blocks of code that leave a model as they found it, or ignore the default device."""
 
 from __future__ import annotations
 
