@@ -65,14 +65,14 @@ class Step:
         return [tuple(item.shape) if isinstance(item, Tensor) else () for item in values]
 
     def argument(self, *names: str) -> Any:
-        """An argument by any of its names in the operator's schema, or its default."""
+        """An argument by any of its names in the schema, or its default; None if there is none."""
         call: Any = self.node
         for position, parameter in enumerate(call.target._schema.arguments):
             if parameter.name in names:
                 if position < len(call.args):
                     return call.args[position]
                 return call.kwargs.get(parameter.name, parameter.default_value)
-        raise KeyError(names)
+        return None
 
     def values(self) -> list[Value]:
         """The values with channels that the operator reads."""

@@ -82,7 +82,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def on_cpu() -> Iterator[None]:
     """New tensors on the CPU, where our own numbers are, whatever the default device is."""
-    if torch.get_default_device().type == "cpu":
+    if torch.empty(0).device.type == "cpu":
         yield  # a device context costs time at every call of torch
     else:
         with torch.device("cpu"):
