@@ -191,9 +191,10 @@ def _build() -> dict[Any, Rule]:
     }
 
 
-POINTWISE = (  # that torch does not tag as such
+POINTWISE = (  # that torch, or one of the versions that we support, does not tag as such
     aten._prelu_kernel,
     aten.hardswish,
+    aten.leaky_relu,
 )
 RULES: dict[Any, Rule] = _build()
 

@@ -120,6 +120,7 @@ HALVES = torch.full((4, 1, 1), 0.5)
 POINTWISE = [
     (aten._prelu_kernel.default, (IMAGE, HALVES)),
     (aten.hardswish.default, (IMAGE,)),
+    (aten.leaky_relu.default, (IMAGE, 0.1)),
     (aten.glu.default, (IMAGE, 1)),
     (aten.log_sigmoid_forward.default, (IMAGE,)),
     (aten.rrelu_with_noise_functional.default, (IMAGE, IMAGE)),
