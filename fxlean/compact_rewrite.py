@@ -39,10 +39,10 @@ def rewritten(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
         ).run_decompositions({})
         source = program.module()
     assert isinstance(source, fx.GraphModule)
-    with on_cpu():
-        return _with_small_layers(model, source)
+    return _with_small_layers(model, source)
 
 
+@on_cpu()
 def _with_small_layers(model: nn.Module, source: fx.GraphModule) -> nn.Module:
     """The exported graph of a model, written anew."""
     source.graph.eliminate_dead_code()

@@ -18,6 +18,7 @@ from .compact_slots import Call, Slots, Value, joined
 from .layers import BATCH_NORMS
 from .positions import REDUCTIONS, WINDOWS
 from .rules import POINTWISE
+from .site import argument_of
 from .weights import Constants
 
 aten = torch.ops.aten
@@ -66,13 +67,7 @@ class Step:
 
     def argument(self, *names: str) -> Any:
         """An argument by any of its names in the schema, or its default; None if there is none."""
-        call: Any = self.node
-        for position, parameter in enumerate(call.target._schema.arguments):
-            if parameter.name in names:
-                if position < len(call.args):
-                    return call.args[position]
-                return call.kwargs.get(parameter.name, parameter.default_value)
-        return None
+        return argument_of(self.node, *names)
 
     def values(self) -> list[Value]:
         """The values with channels that the operator reads."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from .compact_rules import Step, barrier, fresh, pin, rule_of
 from .compact_slots import Call, Slots
 from .movements import moves
+from .sandbox import on_cpu
 from .tracing import Trace
 from .weights import Constants
 
 LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
 
 
+@torch.no_grad()
+@on_cpu()
 def walk(model: nn.Module, trace: Trace, *, reshape: bool) -> Slots:
     """The slots of a model.
 

@@ -97,8 +97,7 @@ def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iter
 
 def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
     """Candidates with fewer channels, the smallest first."""
-    with torch.no_grad(), on_cpu():
-        slots = walk(bare, trace, reshape=True)
+    slots = walk(bare, trace, reshape=True)
     if slots.strangers:
         try:
             candidate = _rewritten(bare, arguments)
@@ -113,8 +112,7 @@ def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[
         else:
             yield candidate
     yield _compacted(bare, slots, pinned=False)
-    with torch.no_grad(), on_cpu():
-        slots = walk(bare, trace, reshape=False)
+    slots = walk(bare, trace, reshape=False)
     for pinned in (False, True):
         yield _compacted(bare, slots, pinned=pinned)
 

@@ -13,9 +13,11 @@ from .errors import ArgumentError
 from .graph import ChannelGraph
 from .norms import operator_norms
 from .prunable import layer_name
+from .sandbox import on_cpu
 from .wiring import Block, Weight, Wiring
 
 
+@on_cpu()
 def fill_lengths(
     graph: ChannelGraph,
     wiring: Wiring,
@@ -73,7 +75,7 @@ def _column_norms(matrix: Tensor, columns: Tensor, power: int) -> Tensor:
     for count in times[times > 0].unique().tolist():
         numbers = times == count
         chosen = order[numbers[columns[order]]]
-        in_order = torch.equal(chosen, torch.arange(matrix.shape[1], device="cpu"))
+        in_order = torch.equal(chosen, torch.arange(matrix.shape[1]))
         part = matrix if in_order else matrix.index_select(1, chosen.to(matrix.device))
         together = part.unflatten(1, (-1, count))
         norms = torch.linalg.vector_norm(together, power, dim=2, dtype=dtype)

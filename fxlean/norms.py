@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError
+from .sandbox import on_cpu
 from .suprema import Coarse, coarse_grid, room, suprema
 
 ORDERS = ("spectral", "frobenius", "nuclear", "l1")
@@ -22,6 +23,7 @@ _NUCLEAR_DENSITY = (64, 16, 8)  # points per turn of the longest lag, for the me
 
 
 @torch.no_grad()
+@on_cpu()
 def operator_norms(
     weight: Tensor,
     stride: int | Sequence[int] = 1,
@@ -140,7 +142,7 @@ def _work_type(weight: Tensor, order: str) -> torch.dtype:
 def _lags(size: Sequence[int], steps: Sequence[int]) -> Tensor:
     """Lags in steps, shape (lags, axes): zero, and one of each pair of opposite ones."""
     degrees = [(k - 1) // s for k, s in zip(size, steps, strict=True)]
-    full = torch.cartesian_prod(*[torch.arange(-m, m + 1, device="cpu") for m in degrees])
+    full = torch.cartesian_prod(*[torch.arange(-m, m + 1) for m in degrees])
     return full.view(-1, len(size))[len(full) // 2 :]
 
 
@@ -178,12 +180,12 @@ def _autocorrelation(taps: Tensor, steps: Sequence[int], lags: Tensor) -> Tensor
     """Cosine coefficients of the squared symbols, shape (lags, kernels)."""
     size = taps.shape[:-1]
     axes = tuple(range(len(size)))
-    shifts = lags * torch.tensor(steps, device="cpu")
+    shifts = lags * torch.tensor(steps)
     if len(lags) > _LAGS_LIMIT:
         padded = [2 * k - 1 for k in size]
         spectrum = torch.view_as_real(torch.fft.rfftn(taps, s=padded, dim=axes))
         full = torch.fft.irfftn(spectrum.square().sum(-1), s=padded, dim=axes)
-        place = shifts % torch.tensor(padded, device="cpu")
+        place = shifts % torch.tensor(padded)
         squares: Tensor = full[tuple(place.to(taps.device).unbind(1))]
     else:
         squares = taps.new_empty(len(lags), taps.shape[-1])
@@ -203,7 +205,7 @@ def _on_grid(squares: Tensor, lags: Tensor, order: str, points: int) -> Tensor:
     block = max(1, min(1024, _MATRIX_LIMIT // len(lags)))
     result = torch.zeros_like(squares[0])
     for start in range(0, total, block):
-        flat = torch.arange(start, min(start + block, total), device="cpu")
+        flat = torch.arange(start, min(start + block, total))
         place = torch.stack(torch.unravel_index(flat, extents), dim=1)
         matrix = _fourier(lags, place.double() / points, squares)
         alone = (place[:, 0] * 2) % points == 0

@@ -58,13 +58,7 @@ class Site:
 
         Where the schema has none of the names, `default`.
         """
-        for position, parameter in enumerate(self.node.target._schema.arguments):  # type: ignore
-            if parameter.name not in names:
-                continue
-            if position < len(self.node.args):
-                return self.node.args[position]
-            return self.node.kwargs.get(parameter.name, parameter.default_value)
-        return default
+        return argument_of(self.node, *names, default=default)
 
     def nodes(self) -> list[fx.Node]:
         """The nodes among the arguments that carry channels, in order, with repetitions."""
@@ -180,3 +174,13 @@ def _leaves(tree: Any) -> list[Any]:
     if isinstance(tree, tuple | list):
         return [leaf for item in tree for leaf in _leaves(item)]
     return [tree]
+
+
+def argument_of(node: Any, *names: str, default: Any = None) -> Any:
+    """See `Site.argument`."""
+    for position, parameter in enumerate(node.target._schema.arguments):
+        if parameter.name in names:
+            if position < len(node.args):
+                return node.args[position]
+            return node.kwargs.get(parameter.name, parameter.default_value)
+    return default

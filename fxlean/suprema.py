@@ -66,7 +66,7 @@ def coarse_grid(lags: Tensor, like: Tensor) -> Coarse:
         if len(lag) * extents[axis] > _MATRIX_LIMIT:
             transforms.append(None)
             continue
-        place = torch.arange(-1, extents[axis] - 1, dtype=torch.double, device="cpu") + _SHIFT[axis]
+        place = torch.arange(-1, extents[axis] - 1, dtype=torch.double) + _SHIFT[axis]
         phase = 2 * math.pi / n * place[:, None] * lag
         cos, sin = phase.cos(), phase.sin()
         # Shape (part, place, lag, part), the parts being real and imaginary. Coefficients, which
@@ -79,7 +79,7 @@ def coarse_grid(lags: Tensor, like: Tensor) -> Coarse:
 
 def _lags_along(axis: int, degree: int) -> Tensor:
     """The lags along an axis; the first axis has no negative ones."""
-    return torch.arange(-degree if axis else 0, degree + 1, device="cpu")
+    return torch.arange(-degree if axis else 0, degree + 1)
 
 
 def _coarse_values(squares: Tensor, coarse: Coarse) -> Tensor:
@@ -109,7 +109,7 @@ def _by_fft(values: Tensor, lags: Tensor, axis: int, coarse: Coarse) -> Tensor:
     numbers = torch.complex(real, imaginary) * shift
     spread = numbers.new_zeros(len(values), points, values.shape[-1])
     spread.index_copy_(1, (lags % points).to(values.device), numbers)
-    place = torch.arange(-1, coarse.extents[axis] - 1, device="cpu") % points
+    place = torch.arange(-1, coarse.extents[axis] - 1) % points
     result = torch.fft.ifft(spread, dim=1, norm="forward")
     result = result.index_select(1, place.to(values.device))
     return (
@@ -163,7 +163,7 @@ def _blocks(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     nearest = math.cos(math.pi * axes / (2 * _DENSITY[axes - 1])) ** 2
     chosen = (scores > highest * nearest).view(-1).nonzero()[:, 0]
     block, kernel = chosen // scores.shape[-1], chosen % scores.shape[-1]
-    strides = torch.tensor(values.stride()[:-1], device="cpu")
+    strides = torch.tensor(values.stride()[:-1])
     origins, corners, around = 2 * _box(scores.shape[:-1]), _box([2] * axes), _box([3] * axes) - 1
     first = ((origins + 1) @ strides).to(chosen).index_select(0, block) + kernel
     jumps = (corners @ strides).to(chosen)
@@ -197,7 +197,7 @@ def _higher_of_pairs(values: Tensor, axis: int) -> Tensor:
 
 def _box(sizes: Sequence[int]) -> Tensor:
     """All places in a box, in order, shape (places, axes)."""
-    ranges = [torch.arange(size, device="cpu") for size in sizes]
+    ranges = [torch.arange(size) for size in sizes]
     return torch.cartesian_prod(*ranges).view(-1, len(sizes))
 
 
@@ -219,7 +219,7 @@ def _starts(result: Tensor, kernel: Tensor, place: Tensor, around: Tensor) -> _S
     kernel, place, step, gain = (
         each.index_select(-1, keep.nonzero()[:, 0]) for each in (kernel, place, step, gain)
     )
-    pair = torch.tensor((_SHIFT[:axes], _FIRST_STEP[:axes]), device="cpu")
+    pair = torch.tensor((_SHIFT[:axes], _FIRST_STEP[:axes]))
     shift, first = pair.to(step).unsqueeze(2)
     return _Starts(kernel, place + shift, step * first, gain)
 
@@ -229,8 +229,8 @@ def _differences(axes: int) -> Tensor:
 
     Shape (axes + axes ** 2, 3 ** axes): products of differences along the axes.
     """
-    along = torch.tensor([[0, 1, 0], [-0.5, 0, 0.5], [1, -2, 1]], device="cpu")
-    unit = torch.eye(axes, dtype=torch.long, device="cpu")
+    along = torch.tensor([[0, 1, 0], [-0.5, 0, 0.5], [1, -2, 1]])
+    unit = torch.eye(axes, dtype=torch.long)
     orders = torch.cat([unit, (unit[:, None] + unit).flatten(0, 1)])
     matrix = torch.where(orders.sum(1, keepdim=True) > 1, -1.0, 1.0)
     for order in orders.T:
@@ -240,7 +240,7 @@ def _differences(axes: int) -> Tensor:
 
 def _climb(result: Tensor, squares: Tensor, coarse: Coarse, starts: _Starts) -> None:
     """Raise the result of each kernel to the maxima of its squared symbol near the starts."""
-    points = torch.tensor(coarse.points, dtype=torch.double, device="cpu")
+    points = torch.tensor(coarse.points, dtype=torch.double)
     lags = (coarse.lags * (2 * math.pi / points)).to(squares)
     piece = max(1, room(squares) // len(lags))
     for some in zip(*[each.split(piece, -1) for each in starts], strict=True):
@@ -248,6 +248,7 @@ def _climb(result: Tensor, squares: Tensor, coarse: Coarse, starts: _Starts) -> 
 
 
 def _climb_together(result: Tensor, squares: Tensor, lags: Tensor, starts: _Starts) -> None:
+    """As `_climb`, for as many starts as fit, with lags in units of the grid."""
     kernel, place, step, gain = starts
     squares = squares.index_select(1, kernel)
     pairs = (lags[:, :, None] * lags[:, None, :]).flatten(1).T.contiguous()

@@ -365,6 +365,15 @@ def test_only_the_number_of_starts_is_read_back_from_a_device(size, grid, order,
         assert norms.shape == (8, 4)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("size", [(3,), (3, 3), (13, 13), (1200,)])
+def test_the_default_device_changes_nothing(size, order):
+    weight = random_kernels("normal", (2, 2, *size)).float()
+    expected = operator_norms(weight, 1, order=order)
+    with torch.device("meta"):
+        assert torch.equal(operator_norms(weight, 1, order=order), expected)
+
+
 def test_precision_settings_of_the_caller_change_nothing():
     weight = random_kernels("normal", (8, 8, 3, 3)).float()
     expected = operator_norms(weight)

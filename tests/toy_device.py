@@ -84,7 +84,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result_is_toy = bool(toys) if wanted is None else torch.device(wanted).type == "toy"
     if func in COPIES and toys and not (result_is_toy and isinstance(args[0], Toy)):
         copied.append(toys[-1].on_host)
-    values, options = pytree.tree_map_only(Toy, lambda toy: toy.on_host, (args, kwargs))
+    values, options = pytree.tree_map_only(Toy, on_host, (args, kwargs))
     if wanted is not None:
         options["device"] = torch.device("cpu")
     known = {id(toy.on_host): toy for toy in toys}
@@ -124,7 +124,7 @@ def moved(model: nn.Module, *, to_toy: bool) -> nn.Module:
 
 def trace_on_cpu(model: nn.Module, example_inputs: Any = None) -> fxlean.tracing.Trace:
     """The trace of a copy: fake tensors cannot stand for those of the device."""
-    inputs = pytree.tree_map_only(Toy, lambda toy: toy.on_host, example_inputs)
+    inputs = pytree.tree_map_only(Toy, on_host, example_inputs)
     return fxlean.tracing.trace_model(moved(model, to_toy=False), inputs)
 
 
