@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fxlean import operator_norms
-from fxlean.graph import ChannelGraph, Kind, Layer
+from fxlean.channels.graph import ChannelGraph, Kind, Layer
 
 Lengths = NDArray[np.float32]
 LOW_VARIANCE = 1e-10  # below it the input of a batch norm is constant, and its channel dead

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fxlean.graph import Kind
+from fxlean.channels.graph import Kind
 
 from .draft import ByHand, Draft, alive, effective
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from fxlean.graph import Kind
+from fxlean.channels.graph import Kind
 
 from .draft import ByHand, Draft, convolution_norm, effective
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxlean.graph import Kind
+from fxlean.channels.graph import Kind
 
 from .draft import ByHand, Draft, alive, convolution_norm, effective
 

@@ -23,9 +23,9 @@ from time import process_time
 
 import numpy as np
 
-from fxlean.chains import longest_chains
-from fxlean.graph import ChannelGraph, Kind
-from fxlean.paths import complete_paths
+from fxlean.channels.graph import ChannelGraph, Kind
+from fxlean.selection.chains import longest_chains
+from fxlean.selection.paths import complete_paths
 
 Lengths = Callable[[int], np.ndarray]
 

@@ -29,8 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import fxlean
 from adapters.unet4 import UNet4
-from fxlean.compaction import compact
-from fxlean.costs import report
+from fxlean import compact, report
 
 RATIOS = (0.5, 0.2, 0.1, 0.05)
 

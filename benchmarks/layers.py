@@ -23,7 +23,7 @@ from compaction import MODELS
 from torch import Tensor, nn
 
 import fxlean
-from fxlean.compact_layers import Selected
+from fxlean.nn import Selected
 
 LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, Selected)
 EVICTED = 2**24  # floats, more than the caches hold

@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from fxlean.norms import operator_norms
+from fxlean.norms.operator import operator_norms
 
 GRID = 64
 SHAPES = {  # name: shape, stride

@@ -34,7 +34,7 @@ from training import pixel_accuracy, train_epoch  # noqa: E402
 
 import fxlean  # noqa: E402
 from adapters.msd import MSD  # noqa: E402
-from fxlean.criteria import METHODS  # noqa: E402
+from fxlean.selection.methods import METHODS  # noqa: E402
 
 RATIOS = (0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.05)
 MODES = ("one-shot", "iterative")

@@ -15,7 +15,7 @@ from circle_square import SPLITS, arguments, begin, claim, load_data, write_data
 from train_msd import name_of, trained_msd
 from training import draw_plot, format_table, prune_and_tune
 
-from fxlean.criteria import METHODS
+from fxlean.selection.methods import METHODS
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,7 +31,7 @@ from torchvision.models.segmentation.fcn import FCN, FCNHead
 from training import draw_plot, format_table, prune_and_tune, train
 
 from adapters.unet4 import UNet4
-from fxlean.criteria import METHODS
+from fxlean.selection.methods import METHODS
 
 
 class NarrowBottleneck(Bottleneck):  # type: ignore[misc]

@@ -1,13 +1,26 @@
 """Prune any convolutional network with one call: `fxlean.prune(model, ratio)`."""
 
-from .compaction import CompactionWarning, compact
+import sys
+
+from .channels import rules
+from .channels.graph import ChannelGraph
+from .channels.rules import register
+from .compaction.attempts import compact
 from .costs import Report, report
-from .errors import ArgumentError, CompactionError, FxleanError, TraceError
-from .graph import ChannelGraph
-from .norms import operator_norms
-from .pruning import PruneWarning, iterate, prune, trace
-from .report import PruneResult
-from .rules import register
+from .errors import (
+    ArgumentError,
+    CompactionError,
+    CompactionWarning,
+    FxleanError,
+    PruneWarning,
+    TraceError,
+)
+from .norms.operator import operator_norms
+from .pruning.prune_model import iterate, prune, trace
+from .pruning.result import PruneResult
+
+# The path that `register` documents, wherever the rules lie.
+sys.modules[f"{__name__}.rules"] = rules
 
 __all__ = [
     "ArgumentError",
@@ -25,5 +38,6 @@ __all__ = [
     "prune",
     "register",
     "report",
+    "rules",
     "trace",
 ]

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .channels.rules.movements import moves
+from .channels.weights import Constants, Weight
 from .errors import ArgumentError
-from .movements import moves
-from .prunable import layer_name
-from .pruning import check_model, unwrapped
-from .tracing import Piece, trace_model
-from .weights import Constants
-from .wiring import Weight
+from .pruning.prunable import layer_name
+from .tracing.arguments import check_model, unwrapped
+from .tracing.tracer import Piece, trace_model
 
 aten = torch.ops.aten
 WEIGHTS: dict[Any, int] = {

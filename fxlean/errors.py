@@ -1,4 +1,8 @@
-"""The errors that fxlean raises; all descend from `FxleanError`."""
+"""The errors that fxlean raises, all descendants of `FxleanError`, and its warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class FxleanError(Exception):
@@ -15,3 +19,17 @@ class TraceError(FxleanError, RuntimeError):
 
 class CompactionError(FxleanError, RuntimeError):
     """The compacted model does not compute what the pruned one does; nothing was changed."""
+
+
+class PruneWarning(UserWarning):
+    """The result is right, but may surprise: operators without a rule, or nothing left."""
+
+
+class CompactionWarning(UserWarning):
+    """Part of the model stays as large as it was; the result is right."""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are; for messages."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

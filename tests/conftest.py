@@ -4,4 +4,4 @@ import torch
 torch.set_num_threads(1)
 
 # Its import registers a device with torch for the whole process.
-collect_ignore = ["toy_device.py"]
+collect_ignore = ["support/toy_device.py"]

@@ -20,11 +20,11 @@ from adapters.draft import ByHand
 from adapters.msd import MSD, msd_graph
 from adapters.resnet50 import fcn_graph, resnet_graph
 from adapters.unet4 import UNet4, unet4_graph
-from fxlean.criteria import METHODS
-from fxlean.graph import ChannelGraph
-from fxlean.liveness import used_kernels, zero_channels
-from fxlean.pruning import _generator
-from tests.zoo import randomise_norms
+from fxlean.channels.graph import ChannelGraph
+from fxlean.pruning.prune_model import _generator
+from fxlean.selection.liveness import used_kernels, zero_channels
+from fxlean.selection.methods import METHODS
+from tests.support.zoo import randomise_norms
 
 # Ratio, and whether redundant kernels go.
 RUNS = ((0.5, True), (0.2, False), (0.05, True))

@@ -10,7 +10,7 @@ import torch
 import torch.utils.backend_registration
 
 import fxlean
-from tests.zoo import ZOO, make
+from tests.support.zoo import ZOO, make
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 )
 def test_a_device_that_refuses_to_meet_the_cpu():
     # In a process of its own, because the device stays registered.
-    command = [sys.executable, "-W", "ignore", "-m", "tests.toy_device"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.toy_device"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{name}: same" for name in sorted(ZOO)]
 
 
-@pytest.mark.filterwarnings("ignore::fxlean.pruning.PruneWarning")
+@pytest.mark.filterwarnings("ignore::fxlean.PruneWarning")
 @pytest.mark.parametrize("method", ["lean", "random"])
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_the_default_device_makes_no_difference(name, method):

@@ -1,0 +1,181 @@
+"""Rules of operators that mix positions: pooling, padding, resampling, reductions, patches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...norms.operator import operator_norms
+from ..flow import Flow, make_flow, reshape
+from ..graph import Kind
+from ..site import Site
+
+aten = torch.ops.aten
+
+WINDOWS = {
+    1: (
+        aten.adaptive_avg_pool1d,
+        aten.adaptive_max_pool1d,
+        aten.reflection_pad1d,
+        aten.replication_pad1d,
+        aten.upsample_linear1d,
+        aten.upsample_nearest1d,
+        aten._upsample_nearest_exact1d,
+    ),
+    2: (
+        aten._adaptive_avg_pool2d,
+        aten.adaptive_max_pool2d,
+        aten.fractional_max_pool2d,
+        aten.max_pool2d_with_indices,
+        aten.reflection_pad2d,
+        aten.replication_pad2d,
+        aten.upsample_bicubic2d,
+        aten.upsample_bilinear2d,
+        aten.upsample_nearest2d,
+        aten._upsample_bicubic2d_aa,
+        aten._upsample_bilinear2d_aa,
+        aten._upsample_nearest_exact2d,
+    ),
+    3: (
+        aten._adaptive_avg_pool3d,
+        aten.adaptive_max_pool3d,
+        aten.max_pool3d_with_indices,
+        aten.reflection_pad3d,
+        aten.replication_pad3d,
+        aten.upsample_nearest3d,
+        aten.upsample_trilinear3d,
+        aten._upsample_nearest_exact3d,
+    ),
+}
+REDUCTIONS = (
+    aten.all,
+    aten.amax,
+    aten.amin,
+    aten.aminmax,
+    aten.any,
+    aten.argmax,
+    aten.argmin,
+    aten.linalg_vector_norm,
+    aten.logsumexp,
+    aten.max,
+    aten.mean,
+    aten.median,
+    aten.min,
+    aten.nansum,
+    aten.prod,
+    aten.std,
+    aten.sum,
+    aten.var,
+    aten.var_mean,
+)
+
+
+def window(spatial: int, gain: Callable[[Site], float] | None = None) -> Callable[[Site], Any]:
+    """Pooling, padding or resampling over the last `spatial` dimensions."""
+
+    def rule(site: Site) -> Any:
+        """Pooling, padding or resampling: the channel stays, and so does a dead one."""
+        flow = site.flow()
+        rank = len(flow.shape)
+        flow = site.wiring.merge(flow, range(rank - spatial))
+        scale = flow.gain * (gain(site) if gain else 1.0)
+        return _results(site, [make_flow(flow.ids, scale, shape) for shape in site.shapes()])
+
+    return rule
+
+
+def average_gain(spatial: int) -> Callable[[Site], float]:
+    """Operator norm of an average pooling: 0.5 for 2x2 with stride 2."""
+
+    def gain(site: Site) -> float:
+        size = list(site.argument("kernel_size"))
+        size *= spatial // len(size)
+        stride = list(site.argument("stride")) or size
+        kernel = torch.full((1, 1, *size), 1 / float(torch.tensor(size).prod()))
+        return operator_norms(kernel, stride * (spatial // len(stride))).item()
+
+    return gain
+
+
+def reduction(site: Site) -> Any:
+    """A mean, sum or maximum over dimensions; channels that differ along them are merged."""
+    flow = site.flow()
+    rank = len(flow.shape)
+    dims = site.argument("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    reduced = {dim % rank for dim in dims} if dims else set(range(rank))
+    left = [dim for dim in range(rank) if dim not in reduced]
+    flow = site.wiring.merge(flow, left)
+    results = []
+    at_zero = site.run(lambda node: torch.zeros((2,) * rank))
+    several = isinstance(at_zero, tuple | list)
+    for shape, value in zip(site.shapes(), at_zero if several else [at_zero], strict=True):
+        if len(shape) == rank:
+            result = make_flow(flow.ids, flow.gain, shape)
+        else:
+            ids = flow.ids.reshape([flow.ids.shape[dim] for dim in left])
+            gain = flow.gain.reshape([flow.gain.shape[dim] for dim in left])
+            result = make_flow(ids, gain, shape)
+        zero = torch.zeros if not value.any() else torch.ones
+        results.append(site.shift(result, zero((1,) * len(shape)), None))
+    return _results(site, results)
+
+
+def unpool(site: Site) -> Flow:
+    """`max_unpool`: zero where its input is, placed by indices that are never dead."""
+    flow, indices = site.flows()
+    spatial = list(range(2))
+    flow = site.wiring.merge(flow, spatial)
+    live = site.wiring.derive(Kind.LIVE, site.wiring.merge(indices, spatial))
+    return site.wiring.join(Kind.PRODUCT, [flow, live], site.shape)
+
+
+def mixed(site: Site) -> Any:
+    """Sorting or adding up along a dimension: every result there may depend on every position."""
+    flow, dim = site.flow(), site.argument("dim")
+    rank = len(flow.shape)
+    flow = site.wiring.merge(flow, [other for other in range(rank) if other != dim % rank])
+    return _results(site, [make_flow(flow.ids, flow.gain, shape) for shape in site.shapes()])
+
+
+def _results(site: Site, flows: Sequence[Flow]) -> Any:
+    """One flow, or several; the integers among several are places, and never dead."""
+    value = site.node.meta["val"]
+    if isinstance(value, Tensor):
+        return flows[0]
+    read = {user.args[1] for user in site.node.users}
+    return tuple(
+        site.wiring.derive(Kind.LIVE, flow)
+        if number in read and not item.is_floating_point()
+        else flow
+        for number, (flow, item) in enumerate(zip(flows, value, strict=True))
+    )
+
+
+def sampled(site: Site) -> Flow:
+    """`grid_sample`: zero where its input is, taken at places that are never dead."""
+    flow = site.wiring.merge(site.flow(site.argument("input")), [0, 1])
+    grid = site.wiring.merge(site.flow(site.argument("grid")), [])
+    grid = make_flow(grid.ids, grid.gain, (1,) * len(site.shape))
+    return site.wiring.join(Kind.PRODUCT, [flow, site.wiring.derive(Kind.LIVE, grid)], site.shape)
+
+
+def unfolded(site: Site) -> Flow:
+    """`unfold`: the patches of an image, laid out along the channel dimension."""
+    flow = site.flow()
+    flow = site.wiring.merge(flow, range(len(flow.shape) - 2))
+    size = site.shape[-2] // flow.shape[-3]
+    ids, gain = (t.squeeze(-1).repeat_interleave(size, -2) for t in (flow.ids, flow.gain))
+    return make_flow(ids, gain, site.shape)
+
+
+def folded(site: Site) -> Flow:
+    """`fold`: patches, laid out along the channel dimension, added up to an image."""
+    flow, channels = site.flow(), site.shape[-3]
+    shape = flow.shape[:-2]
+    flow = reshape(flow, (*shape, channels, flow.shape[-2] // channels, flow.shape[-1]))
+    flow = site.wiring.merge(flow, range(len(shape) + 1))
+    return make_flow(flow.ids, flow.gain, site.shape)

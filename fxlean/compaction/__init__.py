@@ -1,0 +1,1 @@
+"""A pruned model as an ordinary, smaller and faster one."""

@@ -1,0 +1,142 @@
+"""Layers cut to size: which channels they compute on, and the smaller modules that do it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import Selected
+from .slots import Call, Kept, fill_up
+
+# Nanoseconds on two cores; only their ratios matter. `benchmarks/layers.py costs` measures them.
+MULTIPLY = 0.01  # one multiply-accumulate of a convolution
+PASS = 0.2  # reading or writing an element
+GATHER = 0.8  # copying an element to a new tensor, of which nothing is in the cache yet
+CALL = 10000.0  # calling one more operator
+CAUTION = 2.0  # how many times its cost a selection must save: estimates are off by a half
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What is left of a layer.
+
+    Attributes:
+        calls: its applications.
+        present: shape (columns,), True for the channels that its source still has.
+        wanted: shape (rows,), True for those that its result must have.
+        used: shape (columns,), True for those that the wanted results depend on.
+        alive: shape (rows,), True for wanted results that are not zero.
+    """
+
+    calls: tuple[Call, ...]
+    present: Tensor
+    wanted: Tensor
+    used: Tensor
+    alive: Tensor
+
+
+def part_of(calls: Sequence[Call], kept: Kept) -> Part:
+    """What is left of a layer, from its applications and the slots that are kept."""
+    wanted = kept(calls[0].result.slots)
+    alive = torch.stack([wanted & ~call.result.zero for call in calls]).any(0)
+    used = torch.stack([call.columns_read(alive) for call in calls]).any(0)
+    return Part(tuple(calls), kept(calls[0].source.slots), wanted, used, alive)
+
+
+def shrink(module: nn.Module, part: Part) -> nn.Module:
+    """The layer cut to size: the module, changed in place, or a `Selected` around it."""
+    rows, columns = min(_options(part), key=lambda option: _option_cost(part, *option))
+    narrow(module, rows, columns, part.calls[0].groups)
+    return _select(module, part, rows, columns)
+
+
+def cost(part: Part) -> float:
+    """Estimated nanoseconds of a layer in its best form, selections included."""
+    return min(_option_cost(part, *option) for option in _options(part))
+
+
+def _options(part: Part) -> list[tuple[Tensor, Tensor]]:
+    """Rows and columns to compute, the widest first."""
+    groups = part.calls[0].groups
+    if groups > 1:
+        return _grouped_options(part, groups)
+    return [
+        (rows, columns)
+        for rows in (part.wanted, fill_up(part.alive, part.wanted))
+        for columns in (part.present, fill_up(part.used, part.present))
+        if rows.any() and columns.any()
+    ]
+
+
+def _grouped_options(part: Part, groups: int) -> list[tuple[Tensor, Tensor]]:
+    """Rows and columns to compute in groups, of which each is left whole or taken out."""
+    height, width = len(part.wanted) // groups, len(part.present) // groups
+    present = part.present.reshape(groups, width).any(1)
+    options = []
+    for rows in (part.wanted, part.alive):
+        chosen = rows.reshape(groups, height).any(1) & present
+        if chosen.any():
+            options.append((chosen.repeat_interleave(height), chosen.repeat_interleave(width)))
+    return options
+
+
+def _option_cost(part: Part, rows: Tensor, columns: Tensor) -> float:
+    """Estimated nanoseconds of a layer on these rows and columns."""
+    before = sum(call.size[0] for call in part.calls)
+    after = sum(call.size[1] for call in part.calls)
+    first, count, width = part.calls[0], int(rows.sum()), int(columns.sum())
+    kernels = count * (width if first.groups == 1 else first.alive.shape[1])
+    total = PASS * (before * width + after * count)
+    total += MULTIPLY * kernels * sum(call.work for call in part.calls)
+    if not torch.equal(columns, part.present):
+        total += CAUTION * (CALL + GATHER * before * width)
+    if not torch.equal(rows, part.wanted):
+        total += CAUTION * (2 * CALL + GATHER * after * int(part.wanted.sum()))
+    return total
+
+
+def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
+    """Leave only these rows and columns in the parameters and buffers of a layer."""
+    if rows.all() and columns.all():
+        return
+    left = groups if groups == 1 else int(rows.sum()) * groups // len(rows)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is None or tensor.dim() == 0:
+                continue
+            device = tensor.device
+            if tensor.dim() == 1 or groups > 1:
+                part = tensor.detach()[rows.to(device)]
+            elif getattr(module, "transposed", False):
+                part = tensor.detach()[columns.to(device)][:, rows.to(device)]
+            else:
+                part = tensor.detach()[rows.to(device)][:, columns.to(device)]
+            trained = isinstance(tensor, nn.Parameter)
+            tensors[name] = nn.Parameter(part, tensor.requires_grad) if trained else part
+    widths = {"in": int(columns.sum()), "out": int(rows.sum())}
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.num_features = widths["out"]
+    elif isinstance(module, nn.Linear):
+        module.in_features, module.out_features = widths["in"], widths["out"]
+    else:
+        module.in_channels, module.out_channels, module.groups = widths["in"], widths["out"], left
+
+
+def _select(module: nn.Module, part: Part, rows: Tensor, columns: Tensor) -> nn.Module:
+    """The narrowed module with a selection before and a placement behind it, where needed."""
+    same_rows, same_columns = torch.equal(rows, part.wanted), torch.equal(columns, part.present)
+    if same_rows and same_columns:
+        return module
+    reads = None if same_columns else _places(columns, part.present)
+    places = None if same_rows else _places(rows, part.wanted)
+    selected = Selected(module, reads, places, int(part.wanted.sum())).train(module.training)
+    return selected.to(next(iter(module.state_dict().values())).device)
+
+
+def _places(some: Tensor, among: Tensor) -> Tensor:
+    """The place of each of `some` channels among those of `among`."""
+    return (among.cumsum(0) - 1)[some]

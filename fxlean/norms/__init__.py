@@ -1,0 +1,1 @@
+"""Operator norms of convolution kernels."""

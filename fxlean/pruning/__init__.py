@@ -1,0 +1,1 @@
+"""The front door: a model in, masks on it out."""

@@ -1,0 +1,144 @@
+"""From a keep mask over kernels to masks of `torch.nn.utils.prune` on the model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from ..channels.weights import Weight
+from ..channels.wiring import Wiring
+from ..nn import RefreshMasks
+from ..tracing.sandbox import on_cpu, untouched
+from .prunable import Prunable
+
+
+@on_cpu()
+def parameter_masks(
+    model: nn.Module,
+    prunable: Prunable,
+    wiring: Wiring,
+    keep: NDArray[np.bool_],
+    zero: NDArray[np.bool_],
+) -> dict[str, Tensor]:
+    """Masks by parameter name, True where an element survives; only those that mask anything.
+
+    Args:
+        model: whose parameters they are.
+        prunable: its prunable weights.
+        wiring: where the constants of each channel are known.
+        keep: shape (kernels,), True for kernels that survive.
+        zero: shape (channels,), True for channels whose biases and batch norms are dropped.
+    """
+    parameters = dict(model.named_parameters())
+    masks: dict[str, Tensor] = {}
+
+    def mask_of(name: str) -> Tensor:
+        if name not in masks:
+            masks[name] = torch.ones(parameters[name].shape, dtype=torch.bool)
+        return masks[name]
+
+    for layer, weight in zip(prunable.graph.layers, prunable.weights, strict=True):
+        kept = torch.from_numpy(keep[layer.kernels].reshape(layer.rows, layer.columns))
+        if not kept.all():
+            assert weight.origin is not None
+            mask = mask_of(weight.origin.parameter)
+            _mask_kernels(mask, weight, kept)
+            if weight.scale is not None:
+                _mask_scales(mask, mask_of(weight.scale.parameter), weight)
+    dead = torch.from_numpy(zero)
+    for name, index, ids in wiring.constants:
+        dropped = index[dead[ids]]
+        if len(dropped):
+            mask_of(name).view(-1)[dropped] = False
+    return masks
+
+
+def _mask_kernels(mask: Tensor, weight: Weight, kept: Tensor) -> None:
+    """Write False into the elements of the parameter that make up the pruned kernels."""
+    assert weight.origin is not None
+    if weight.columns is not None:
+        kept = kept[:, weight.columns]
+    if weight.origin.index is None and not weight.transposed:
+        mask[~kept] = False
+    else:
+        index = weight.kernels(weight.origin.flat_index(weight.value.shape))
+        mask.view(-1)[index[~kept].reshape(-1)] = False
+
+
+def _mask_scales(mask: Tensor, scale_mask: Tensor, weight: Weight) -> None:
+    """Where nothing is left to divide by, mask the scale in place of the elements."""
+    assert weight.origin is not None
+    assert weight.scale is not None
+    index = weight.origin.flat_index(weight.value.shape).reshape(-1)
+    scales = weight.scale.flat_index(weight.value.shape).reshape(-1)
+    left = torch.zeros(scale_mask.numel()).index_add_(0, scales, mask.view(-1)[index].float())
+    scale_mask.view(-1)[left == 0] = False
+    mask.view(-1)[index[left[scales] == 0]] = True
+
+
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], called: frozenset[str]) -> None:
+    """Put masks on the model, combined with those that are there; all of them or none.
+
+    Args:
+        model: modified in place.
+        masks: by parameter name, True where an element survives.
+        called: names of the modules that the forward pass calls; only their hooks run.
+    """
+    parameters = dict(model.named_parameters())
+    holders: dict[int, list[tuple[str, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((path, name))
+    # Without gradients the masked weights can be deep-copied; the next forward pass renews them.
+    with untouched(model, always=False), torch.no_grad():
+        for key, mask in masks.items():
+            for path, name in holders[id(parameters[key])]:
+                _apply(model.get_submodule(path), name, mask)
+                if path not in called:
+                    _refresh_from_caller(model, path, called)
+
+
+def _apply(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Mask one parameter; a mask that is there is narrowed, not wrapped once more."""
+    plain = name.removesuffix("_orig")
+    existing = getattr(module, f"{plain}_mask", None)
+    if name != plain and existing is not None:
+        module._buffers[f"{plain}_mask"] = existing * mask.to(existing.device, existing.dtype)
+        _masking_hook(module, plain)[1](module, ())
+        return
+    prune.custom_from_mask(module, name, mask.to(getattr(module, name).device))
+    # A weight norm of the same parameter must find it masked when its own hook runs.
+    hooks: OrderedDict[int, Any] = module._forward_pre_hooks  # type: ignore[assignment]
+    hooks.move_to_end(_masking_hook(module, name)[0], last=False)
+
+
+def _masking_hook(module: nn.Module, name: str) -> tuple[int, Any]:
+    """The pruning hook of a parameter, with its number among the module's hooks."""
+    return next(
+        (number, hook)
+        for number, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name
+    )
+
+
+def _refresh_from_caller(model: nn.Module, path: str, called: frozenset[str]) -> None:
+    """Let the closest module that is called apply the masks of one that is not."""
+    caller = next(parent for parent in _parents(path) if parent in called or parent == "")
+    module = model.get_submodule(caller)
+    below = path[len(caller) :].lstrip(".")
+    known = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, RefreshMasks)]
+    if below not in [hook.path for hook in known]:
+        module.register_forward_pre_hook(RefreshMasks(below))
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition(".")[0]
+        yield path

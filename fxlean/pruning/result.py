@@ -1,0 +1,97 @@
+"""What a call of `prune` did: `PruneResult`, as a table and as a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import some
+
+
+@dataclass(frozen=True)
+class LayerCount:
+    """Kernels of one layer: `kept` of `total` are alive."""
+
+    name: str
+    kept: int
+    total: int
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a call of `prune` did; printing it shows a table.
+
+    Attributes:
+        method: how kernels were chosen.
+        kept: prunable kernels alive after the call, redundancy included.
+        total: prunable kernels in all.
+        selected: kernels that the method chose to keep, before redundant ones were removed.
+        chains: how many chains were extracted; 0 for methods that rank kernels one by one.
+        layers: kept and total of every prunable layer, in the order of the network.
+        opaque_ops: operators without a rule, with how often they occurred.
+        skipped: layers and parts that were left alone, and why.
+        timings: seconds spent in each stage: trace, norms, select, masks.
+    """
+
+    method: str
+    kept: int
+    total: int
+    selected: int
+    chains: int
+    layers: tuple[LayerCount, ...]
+    opaque_ops: Mapping[str, int]
+    skipped: Mapping[str, str]
+    timings: Mapping[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """The fraction of the prunable kernels that is kept."""
+        return self.kept / self.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, ready for `json.dumps`."""
+        fields = asdict(self)
+        fields["layers"] = [asdict(layer) for layer in self.layers]
+        return fields | {"ratio": self.ratio}
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(layer.name) for layer in self.layers))
+        lines = [f"{'layer':<{width}}  {'kept':>10}  {'total':>10}  {'ratio':>7}"]
+        lines += [_row(row.name, row.kept, row.total, width) for row in self.layers]
+        lines.append("-" * len(lines[0]))
+        lines.append(_row("all", self.kept, self.total, width))
+        lines.append("")
+        lines.append(self._summary())
+        for op, count in self.opaque_ops.items():
+            lines.append(
+                f"opaque: {op} ({times(count)}), treated as reading and writing everything"
+            )
+        lines += [f"skipped: {line}" for line in by_reason(self.skipped)]
+        return "\n".join(lines)
+
+    def _summary(self) -> str:
+        chains = f" in {self.chains:,} chains" if self.chains else ""
+        redundant = self.selected - self.kept
+        seconds = ", ".join(f"{name} {value:.2f} s" for name, value in self.timings.items())
+        return (
+            f"{self.method} selected {self.selected:,} kernels{chains}; "
+            f"{redundant:,} redundant ones removed ({seconds})"
+        )
+
+
+def _row(name: str, kept: int, total: int, width: int) -> str:
+    return f"{name:<{width}}  {kept:>10,}  {total:>10,}  {kept / total:>7.2%}"
+
+
+def by_reason(skipped: Mapping[str, str]) -> list[str]:
+    """One line for each reason, with the layers that were left alone for it."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        layers.setdefault(reason, []).append(name)
+    return [f"{some(names)}: {reason}" for reason, names in layers.items()]
+
+
+def times(count: int) -> str:
+    """How often, in words: "once" or "3 times"."""
+    return "once" if count == 1 else f"{count} times"

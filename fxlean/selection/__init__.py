@@ -1,0 +1,1 @@
+"""Graph and budget in, keep mask out: the pruning methods."""

@@ -1,0 +1,97 @@
+"""Checks of models, and of what users name in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentError, some
+
+
+def check_model(model: Any) -> None:
+    """Reject what is no module, or has no values to weigh."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}. Pass a torch.nn.Module.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError(
+            f"{type(model).__name__} is compiled by TorchScript, which cannot be traced. Prune "
+            "the original module, then script it."
+        )
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ArgumentError(
+            f"parameters have no shape yet: {some(lazy)}. Run the model once before pruning."
+        )
+    meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if meta:
+        raise ArgumentError(
+            f"parameters are on the meta device and hold no values: {some(meta)}. Load weights "
+            "with model.to_empty(device=...) and load_state_dict before pruning."
+        )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile` and the data-parallel wrappers."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, wrappers):
+            model = model.module
+        else:
+            return model
+
+
+def resolve_ignored(model: nn.Module, ignore: Any) -> frozenset[str]:
+    """Names of the parameters that `ignore` covers.
+
+    Args:
+        model: whose parameters they are.
+        ignore: names of modules or parameters, glob patterns, modules, module types, or one of
+            them. A module covers what it contains.
+
+    Raises:
+        ArgumentError: an entry is of another type, or matches nothing.
+    """
+    several = isinstance(ignore, Iterable) and not isinstance(ignore, str | nn.Module | type)
+    entries = list(ignore) if several else [ignore]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    ignored: set[int] = set()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = []
+    for entry in entries:
+        roots = [name for name, module in modules.items() if _matches(entry, name, module)]
+        direct = [n for n in names if isinstance(entry, str) and _glob(entry, public_name(n))]
+        if not roots and not direct:
+            missing.append(entry)
+        below = [n for n in names for root in roots if n.startswith(f"{root}.") or root == ""]
+        ignored |= {id(parameters[name]) for name in direct + below}
+    if missing:
+        raise ArgumentError(
+            f"ignore entries match nothing in {type(model).__name__}: "
+            f"{', '.join(repr(entry) for entry in missing)}. Pass names from "
+            "model.named_modules(), glob patterns on them, modules of this model or their types."
+        )
+    return frozenset(name for name, parameter in parameters.items() if id(parameter) in ignored)
+
+
+def _matches(entry: Any, name: str, module: nn.Module) -> bool:
+    if isinstance(entry, str):
+        return _glob(entry, name)
+    if isinstance(entry, type):
+        return isinstance(module, entry)
+    return module is entry
+
+
+def _glob(pattern: str, name: str) -> bool:
+    return bool(name) and (name == pattern or fnmatchcase(name, pattern))
+
+
+def public_name(name: str) -> str:
+    """The name of a parameter without the suffix that `torch.nn.utils.prune` gives it."""
+    return name.removesuffix("_orig")

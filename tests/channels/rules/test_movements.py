@@ -1,0 +1,171 @@
+"""Every movement on small ids, against the same operator on ids of the full size."""
+
+import pytest
+import torch
+from torch import fx
+
+from fxlean.channels.graph import Kind
+from fxlean.channels.rules import movements
+from fxlean.channels.rules.table import RULES
+from fxlean.channels.wiring import CONSTANT, ZERO
+from tests.support.sites import Data, place, random_flow
+
+aten = torch.ops.aten
+OTHERS = {aten.as_strided, aten.as_strided_, aten.copy, aten.constant_pad_nd}
+CONSTANTS = (movements.filled, movements.unknown)
+FILLED = {packet for packet, rule in RULES.items() if rule in CONSTANTS}
+
+
+X = Data((2, 4, 3, 3))
+FLAT = Data((3, 4))
+ODD = torch.tensor([2, 0, 2])
+BUFFER = torch.tensor([0.0, 0.0, 1.0, 0.0]).reshape(1, 4, 1, 1).expand(2, 4, 3, 3)
+
+CALLS = [
+    (aten.alias.default, (X,)),
+    (aten.clone.default, (X,)),
+    (aten.contiguous.default, (X,)),
+    (aten.detach.default, (X,)),
+    (aten.expand.default, (Data((4, 1, 3)), (2, 4, 5, 3))),
+    (aten._to_copy.default, (X,)),
+    (aten.lift_fresh.default, (X,)),
+    (aten.lift_fresh_copy.default, (X,)),
+    (aten.view.default, (X, (2, 2, 2, 9))),
+    (aten.view.default, (X, (8, 3, 3))),
+    (aten.view.default, (Data((1, 6, 1, 2)), (3, 4, 1))),
+    (aten.view.default, (Data((0, 6)), (3, 0, 2))),
+    (aten._unsafe_view.default, (X, (2, 36))),
+    (aten.reshape.default, (X, (-1, 3))),
+    (aten.squeeze.dims, (Data((2, 1, 3, 1)), (1, 3))),
+    (aten.flatten.using_ints, (X, 1)),
+    (aten.permute.default, (X, (0, 2, 3, 1))),
+    (aten.transpose.int, (X, 1, -1)),
+    (aten.t.default, (FLAT,)),
+    (aten.unsqueeze.default, (X, -1)),
+    (aten.movedim.int, (X, 1, 3)),
+    (aten.stack.default, ([X, X, X], 1)),
+    (aten.cat.default, ([X, Data((2, 1, 3, 3)), BUFFER, Data((2, 0, 3, 3))], 1)),
+    (aten.cat.default, ([X, X], -1)),
+    (aten.flip.default, (X, (1, 3))),
+    (aten.narrow.default, (X, 1, 1, 2)),
+    (aten.select.int, (X, 1, -1)),
+    (aten.slice.Tensor, (X, 1, 0, 9, 2)),
+    (aten.slice.Tensor, (X, -1, -2, 9)),
+    (aten.slice_scatter.default, (X, Data((2, 2, 3, 3)), 1, 1, 3)),
+    (aten.slice_scatter.default, (BUFFER, Data((2, 2, 3, 3)), 1, 1, 3)),
+    (aten.slice_scatter.default, (X, BUFFER[:, :, 1:], 2, 1)),
+    (aten.split.Tensor, (X, 3, 1)),
+    (aten.split_with_sizes.default, (X, (1, 3), 1)),
+    (aten.unbind.int, (X, 1)),
+    (aten.unfold.default, (X, 1, 2, 1)),
+    (aten.index.Tensor, (X, [None, ODD])),
+    (aten.gather.default, (X, 1, torch.tensor([[[[3, 0, 3]]]]).expand(2, 1, 3, 3))),
+    (aten.index_select.default, (X, 1, ODD)),
+    (aten._unsafe_index.Tensor, (X, [None, None, ODD[:, None], ODD])),
+    (aten.index_put.default, (X, [None, ODD[:2]], Data((2, 2, 3, 3)))),
+    (aten.index_put.default, (BUFFER, [None, ODD[:2]], Data((2, 2, 3, 3)))),
+    (aten.channel_shuffle.default, (X, 2)),
+    (aten.native_channel_shuffle.default, (X, 2)),
+    (aten.diagonal.default, (X, 0, 2, 3)),
+    (aten.pixel_shuffle.default, (X, 2)),
+    (aten.pixel_unshuffle.default, (Data((1, 2, 4, 4)), 2)),
+    (aten.repeat.default, (X, (1, 2, 1, 3))),
+    (aten.roll.default, (X, (1,), (1,))),
+    (aten.rot90.default, (X, 1, (2, 3))),
+    (aten.select_scatter.default, (X, Data((2, 3, 3)), 1, 2)),
+    (aten.tril.default, (X,)),
+    (aten.triu.default, (X, 1)),
+    (aten.as_strided.default, (X, (2, 3, 4), (9, 1, 3), 5)),
+    (aten.as_strided_.default, (X, (2, 3, 4), (9, 1, 3), 5)),
+    (aten.copy.default, (X, Data((4, 1, 3)))),
+    (aten.copy.default, (BUFFER, Data((4, 1, 3)))),
+]
+
+
+def expected(site, part):
+    """The operator on full tensors: on the ids (part 0) or the gains (part 1)."""
+
+    def lookup(node):
+        if node in site.env:
+            flow = site.env[node]
+            return (flow.ids, flow.gain)[part].expand(flow.shape).contiguous()
+        value = site.value(node)
+        if not value.is_floating_point():
+            return value
+        ids = torch.where(value == 0, ZERO, CONSTANT)
+        return (ids, torch.ones_like(value, dtype=torch.float64))[part]
+
+    result = site.node.target(*fx.map_arg(site.node.args, lookup))
+    return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def names(calls):
+    return [str(operator) for operator, *_ in calls]
+
+
+def test_every_movement_has_a_call():
+    called = {operator.overloadpacket for operator, _ in CALLS}
+    assert movements.MOVEMENTS | OTHERS - {aten.constant_pad_nd} == called
+    assert {
+        packet for packet, rule in RULES.items() if rule.__module__ == movements.__name__
+    } == movements.MOVEMENTS | OTHERS | FILLED
+
+
+@pytest.mark.parametrize(("operator", "args"), CALLS, ids=names(CALLS))
+def test_ids_move_as_the_values_do(operator, args):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        site = place(operator, args, generator)
+        result = RULES[operator.overloadpacket](site)
+        flows = list(result) if isinstance(result, tuple) else [result]
+        pairs = zip(flows, expected(site, 0), expected(site, 1), strict=True)
+        for flow, ids, gain in pairs:
+            assert flow.shape == tuple(ids.shape)
+            assert torch.equal(flow.ids.expand(flow.shape), ids)
+            carries = (ids != ZERO) & (ids != CONSTANT)
+            assert torch.equal(flow.gain.expand(flow.shape)[carries], gain[carries])
+        assert not site.wiring.opaque_ops
+
+
+@pytest.mark.parametrize("fill", [0.0, 2.0])
+@pytest.mark.parametrize("widths", [[1, 0], [0, 2, 1, 1], [0, 0, 0, 0, 2, 1], [-1, 0, 0, 0, -1, 2]])
+def test_padding_adds_constants_where_the_channel_varies(widths, fill):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        site = place(aten.constant_pad_nd.default, (X, widths, fill), generator)
+        flow = movements.pad(site)
+        before = site.env[site.nodes()[0]]
+        inside = aten.constant_pad_nd(torch.ones(before.shape), widths, 0.0).bool()
+        ids = aten.constant_pad_nd(before.ids.expand(before.shape), widths, -1)
+        assert flow.shape == tuple(ids.shape)
+        found = flow.ids.expand(flow.shape)
+        kinds = torch.cat([torch.from_numpy(kinds) for kinds in site.wiring._kinds])
+        if fill == 0:
+            outside = found[~inside]
+            assert torch.equal(found[inside], ids[inside])
+            assert ((outside == ZERO) | torch.isin(outside, before.ids)).all()
+        else:
+            assert (kinds[found[~inside]] == Kind.LIVE).all()
+
+
+@pytest.mark.parametrize("packet", sorted(FILLED, key=str))
+def test_new_constants_carry_no_channel(packet):
+    operator = packet.Scalar if packet is aten.fill else packet.default
+    size = ((2, 3),) if "new" in str(packet) else ()
+    strides = ((3, 1),) if "strided" in str(packet) else ()
+    value = (0.5,) if packet in (aten.fill, aten.full_like, aten.new_full) else ()
+    site = place(operator, (X, *size, *strides, *value), torch.Generator().manual_seed(0))
+    flow = RULES[packet](site)
+    assert flow.shape == (size[0] if size else X.shape)
+    wanted = {ZERO} if "zeros" in str(packet) else {CONSTANT}
+    assert set(flow.ids.flatten().tolist()) == wanted
+
+
+def test_indices_that_depend_on_the_input_are_opaque():
+    generator = torch.Generator().manual_seed(0)
+    site = place(aten.index.Tensor, (X, [None, ODD]), generator)
+    index = next(node for node in site.node.all_input_nodes if node not in site.env)
+    site.env[index] = random_flow(torch.arange(2, 7), (3,), generator)
+    flow = movements.indexed(site)
+    assert site.wiring.opaque_ops == {"aten.index.Tensor": 1}
+    assert flow.ids.numel() == 1

@@ -1,0 +1,396 @@
+"""Every rule, against running its operator: what depends on a channel, and what dies with it."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+import fxlean
+from fxlean import rules
+from fxlean.channels.flow import make_flow
+from fxlean.channels.graph import Kind
+from fxlean.channels.rules import movements
+from fxlean.channels.rules import table as rules_table
+from fxlean.channels.rules.table import RULES, register, rule_for
+from fxlean.selection.liveness import zero_channels
+from tests.support.sites import CHANNELS, Data, integers, place
+
+aten = torch.ops.aten
+LINE, IMAGE, VOLUME = Data((2, 4, 6)), Data((2, 4, 6, 6)), Data((2, 4, 4, 4, 4))
+MATRIX = Data((3, 4))
+ONES, STATISTICS = torch.full((4,), 1.5), [torch.full((4,), 0.2), torch.full((4,), 1.2)]
+NO_AFFINE = (None, None)
+NORMALISED = [
+    (aten._native_batch_norm_legit.default, (IMAGE, *NO_AFFINE, *STATISTICS, False, 0.1, 1e-5)),
+    (aten._batch_norm_no_update.default, (IMAGE, *NO_AFFINE, *STATISTICS, 0.1, 1e-5)),
+    (
+        aten._native_batch_norm_legit_no_training.default,
+        (IMAGE, ONES, ONES, *STATISTICS, 0.1, 1e-5),
+    ),
+    (aten.native_batch_norm.default, (IMAGE, ONES, None, *STATISTICS, False, 0.1, 1e-5)),
+    (aten.native_group_norm.default, (IMAGE, *NO_AFFINE, 2, 4, 36, 2, 1e-5)),
+    (aten.native_group_norm.default, (IMAGE, ONES, ONES, 2, 4, 36, 4, 1e-5)),
+    (aten.native_layer_norm.default, (IMAGE, (6,), *NO_AFFINE, 1e-5)),
+    (aten.native_layer_norm.default, (Data((2, 3, 4)), (4,), ONES, ONES, 1e-5)),
+    (aten._softmax.default, (IMAGE, 1, False)),
+    (aten._log_softmax.default, (IMAGE, -1, False)),
+]
+WEIGHTED = [
+    (
+        aten.convolution.default,
+        (IMAGE, torch.ones(2, 4, 3, 3), None, *[[1, 1]] * 3, False, [0, 0], 1),
+    ),
+    (aten.convolution.default, (LINE, torch.ones(4, 2, 3), None, [2], [1], [1], False, [0], 2)),
+    (aten.convolution.default, (LINE, torch.ones(4, 3, 2), ONES[:3], [2], [0], [1], True, [1], 1)),
+    (aten.convolution.default, (LINE, torch.ones(4, 3, 2), None, [2], [0], [1], True, [1], 2)),
+    (aten.addmm.default, (ONES[:2], MATRIX, torch.ones(4, 2))),
+    (aten.mm.default, (MATRIX, torch.ones(4, 2))),
+    (aten.embedding.default, (torch.randn(9, 4), Data((2, 3), integers(9)))),
+]
+WINDOWED = [
+    (aten.adaptive_avg_pool1d.default, (LINE, [3])),
+    (aten.adaptive_max_pool1d.default, (LINE, [3])),
+    (aten.avg_pool1d.default, (LINE, [2])),
+    (aten.reflection_pad1d.default, (LINE, [1, 2])),
+    (aten.replication_pad1d.default, (LINE, [1, 2])),
+    (aten.upsample_linear1d.default, (LINE, [9], False)),
+    (aten.upsample_nearest1d.default, (LINE, [9])),
+    (aten._upsample_nearest_exact1d.default, (LINE, [9])),
+    (aten._adaptive_avg_pool2d.default, (IMAGE, [2, 3])),
+    (aten.adaptive_max_pool2d.default, (IMAGE, [2, 3])),
+    (aten.avg_pool2d.default, (IMAGE, [3, 3], [2, 2], [1, 1])),
+    (aten.fractional_max_pool2d.default, (IMAGE, [2, 2], [3, 3], torch.full((2, 4, 2), 0.4))),
+    (aten.max_pool2d_with_indices.default, (IMAGE, [2, 2])),
+    (aten.reflection_pad2d.default, (IMAGE, [1, 2, 0, 1])),
+    (aten.replication_pad2d.default, (IMAGE, [1, 2, 0, 1])),
+    (aten.upsample_bicubic2d.default, (IMAGE, [9, 9], False)),
+    (aten.upsample_bilinear2d.default, (IMAGE, [9, 9], False)),
+    (aten.upsample_nearest2d.default, (IMAGE, [9, 9])),
+    (aten._upsample_bicubic2d_aa.default, (IMAGE, [3, 3], False)),
+    (aten._upsample_bilinear2d_aa.default, (IMAGE, [3, 3], False)),
+    (aten._upsample_nearest_exact2d.default, (IMAGE, [9, 9])),
+    (aten._adaptive_avg_pool3d.default, (VOLUME, [2, 2, 2])),
+    (aten.adaptive_max_pool3d.default, (VOLUME, [2, 2, 2])),
+    (aten.avg_pool3d.default, (VOLUME, [2, 2, 2])),
+    (aten.max_pool3d_with_indices.default, (VOLUME, [2, 2, 2])),
+    (aten.reflection_pad3d.default, (VOLUME, [1] * 6)),
+    (aten.replication_pad3d.default, (VOLUME, [1] * 6)),
+    (aten.upsample_nearest3d.default, (VOLUME, [6, 6, 6])),
+    (aten.upsample_trilinear3d.default, (VOLUME, [6, 6, 6], False)),
+    (aten._upsample_nearest_exact3d.default, (VOLUME, [6, 6, 6])),
+    (aten.col2im.default, (Data((2, 8, 9)), [4, 4], [2, 2], [1, 1], [0, 0], [1, 1])),
+    (aten.grid_sampler_2d.default, (IMAGE, Data((2, 3, 3, 2)), 0, 0, False)),
+    (aten.grid_sampler_3d.default, (VOLUME, Data((2, 2, 2, 2, 3)), 0, 0, False)),
+    (aten.im2col.default, (IMAGE, [2, 2], [1, 1], [1, 1], [2, 2])),
+    (aten.max_unpool2d.default, (Data((2, 4, 2, 2)), Data((2, 4, 2, 2), integers(36)), [6, 6])),
+]
+REDUCED = [
+    (operator, (IMAGE, *args))
+    for dims in ([1], [2, 3], [0, 1, 2, 3])
+    for keepdim in (True, False)
+    for operator, args in [
+        (aten.all.dims, (dims, keepdim)),
+        (aten.any.dims, (dims, keepdim)),
+        (aten.amax.default, (dims, keepdim)),
+        (aten.amin.default, (dims, keepdim)),
+        (aten.argmax.default, (dims[0], keepdim)),
+        (aten.argmin.default, (dims[0], keepdim)),
+        (aten.linalg_vector_norm.default, (2, dims, keepdim)),
+        (aten.logsumexp.default, (dims, keepdim)),
+        (aten.max.dim, (dims[0], keepdim)),
+        (aten.mean.dim, (dims, keepdim)),
+        (aten.median.dim, (dims[0], keepdim)),
+        (aten.min.dim, (dims[0], keepdim)),
+        (aten.nansum.default, (dims, keepdim)),
+        (aten.prod.dim_int, (dims[0], keepdim)),
+        (aten.std.correction, (dims,)),
+        (aten.sum.dim_IntList, (dims, keepdim)),
+        (aten.var.correction, (dims,)),
+        (aten.var_mean.correction, (dims,)),
+    ]
+] + [(aten.aminmax.default, (IMAGE,)), (aten.max.default, (IMAGE,))]
+MIXED = [
+    (aten.cummax.default, (IMAGE, 1)),
+    (aten.cummin.default, (IMAGE, 1)),
+    (aten.cumprod.default, (IMAGE, 2)),
+    (aten.cumsum.default, (IMAGE, 1)),
+    (aten.sort.default, (IMAGE, 1)),
+    (aten.topk.default, (IMAGE, 2, 1)),
+]
+HALVES = torch.full((4, 1, 1), 0.5)
+POINTWISE = [
+    (aten._prelu_kernel.default, (IMAGE, HALVES)),
+    (aten.hardswish.default, (IMAGE,)),
+    (aten.leaky_relu.default, (IMAGE, 0.1)),
+    (aten.glu.default, (IMAGE, 1)),
+    (aten.log_sigmoid_forward.default, (IMAGE,)),
+    (aten.rrelu_with_noise_functional.default, (IMAGE, IMAGE)),
+    (aten.add.Tensor, (IMAGE, IMAGE)),
+    (aten.add.Tensor, (IMAGE, 1.0)),
+    (aten.sub.Tensor, (IMAGE, Data((4, 1, 6)))),
+    (aten.mul.Tensor, (IMAGE, IMAGE)),
+    (aten.mul.Tensor, (IMAGE, HALVES)),
+    (aten.div.Tensor, (IMAGE, Data((2, 1, 1, 1)))),
+    (aten.maximum.default, (IMAGE, IMAGE)),
+    (aten.where.self, (Data((2, 4, 6, 6), integers(2)), IMAGE, IMAGE)),
+    (aten.addcmul.default, (IMAGE, IMAGE, IMAGE)),
+    (aten.lerp.Scalar, (IMAGE, IMAGE, 0.3)),
+    (aten.atan2.default, (IMAGE, IMAGE)),
+    (aten.relu.default, (IMAGE,)),
+    (aten.exp.default, (IMAGE,)),
+    (aten.gt.Scalar, (IMAGE, 0)),
+]
+CALLS = NORMALISED + WEIGHTED + WINDOWED + REDUCED + MIXED + POINTWISE
+ELSEWHERE = {
+    aten.cudnn_batch_norm: "runs on CUDA only",
+    aten.miopen_batch_norm: "runs on ROCm only",
+    aten._batch_norm_with_update: "runs in training only, which is never traced",
+}
+
+
+def call(operator, args, generator):
+    if operator is aten.where.self:
+        condition = Data(
+            args[0].shape, lambda s, generator: torch.randn(s, generator=generator) > 0
+        )
+        args = (condition, *args[1:])
+    return place(operator, args, generator)
+
+
+def flows_of(site):
+    result = rule_for(site.node.target)(site)
+    results = list(result) if isinstance(result, tuple) else [result]
+    return [(number, flow) for number, flow in enumerate(results) if flow is not None]
+
+
+def results_of(site, values):
+    """The operator's results for other values of its flows."""
+    result = site.node.target(
+        *fx.map_arg(site.node.args, lambda n: values.get(n, n.meta["val"])), **site.node.kwargs
+    )
+    return list(result) if isinstance(result, tuple | list) else [result]
+
+
+def graph_of(site):
+    return site.wiring.finish(torch.zeros(0, dtype=torch.int64), {}, torch.zeros(0).bool())
+
+
+def reached_from(graph, channel):
+    """Which channels depend on one of them, by a plain walk."""
+    reached = np.arange(graph.num_channels) == channel
+    for target in range(graph.num_channels):
+        start = graph.source_start[target]
+        reached[target] |= reached[graph.sources[start : start + graph.sizes[target]]].any()
+    return reached
+
+
+def with_channel(site, channel, change):
+    """The values of the flows, changed where they carry a channel."""
+    return {
+        node: torch.where(flow.ids.expand(flow.shape) == channel, change(node), node.meta["val"])
+        for node, flow in site.env.items()
+    }
+
+
+def other(node):
+    value = node.meta["val"]
+    return (
+        ~value
+        if value.dtype == torch.bool
+        else value.flip(0)
+        if not value.is_floating_point()
+        else -value - 0.7
+    )
+
+
+def test_every_rule_has_a_call():
+    called = {operator.overloadpacket for operator, _ in CALLS}
+    moved = {packet for packet, rule in RULES.items() if rule.__module__ == movements.__name__}
+    assert set(RULES) - moved == {packet for packet in called if packet in RULES} | set(ELSEWHERE)
+    assert called.isdisjoint(ELSEWHERE)
+
+
+@pytest.mark.parametrize(("operator", "args"), CALLS, ids=[str(operator) for operator, _ in CALLS])
+def test_results_depend_on_no_more_than_the_rule_says(operator, args):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        site = call(operator, args, generator)
+        flows, graph = flows_of(site), graph_of(site)
+        assert not site.wiring.opaque_ops
+        before = results_of(site, {})
+        for channel in range(2, 2 + CHANNELS):
+            after = results_of(site, with_channel(site, channel, other))
+            reached = torch.from_numpy(reached_from(graph, channel))
+            for number, flow in flows:
+                assert flow.shape == before[number].shape
+                same = (before[number] == after[number]) | before[number].isnan()
+                assert (same | reached[flow.ids.expand(flow.shape)]).all()
+
+
+@pytest.mark.parametrize(("operator", "args"), CALLS, ids=[str(operator) for operator, _ in CALLS])
+def test_what_dies_with_a_channel_is_zero(operator, args):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        site = call(operator, args, generator)
+        flows, graph = flows_of(site), graph_of(site)
+        for channel in range(2, 2 + CHANNELS):
+            graph.kinds[2:] = np.where(
+                np.arange(2, graph.num_channels) == channel, Kind.DEAD, graph.kinds[2:]
+            )
+            dead = torch.from_numpy(zero_channels(graph, graph.alive))
+            graph.kinds[channel] = Kind.LIVE
+            after = results_of(
+                site, with_channel(site, channel, lambda n: torch.zeros_like(n.meta["val"]))
+            )
+            for number, flow in flows:
+                # Not so where zero is divided by zero.
+                assert not after[number][dead[flow.ids.expand(flow.shape)]].nan_to_num(0.0).any()
+
+
+@pytest.mark.parametrize(
+    ("function", "preserved"),
+    [
+        (F.relu, True),
+        (F.gelu, True),
+        (F.silu, True),
+        (F.hardswish, True),
+        (F.leaky_relu, True),
+        (F.elu, True),
+        (F.mish, True),
+        (torch.tanh, True),
+        (torch.abs, True),
+        (lambda x: x.clamp(0, 6), True),
+        (lambda x: 3 * x, True),
+        (lambda x: -x / 2, True),
+        (lambda x: x**2, True),
+        (lambda x: F.dropout(x, training=False), True),
+        (torch.sigmoid, False),
+        (F.softplus, False),
+        (F.logsigmoid, False),
+        (F.hardsigmoid, False),
+        (torch.exp, False),
+        (torch.cos, False),
+        (lambda x: x + 1, False),
+        (lambda x: 1 - x, False),
+        (lambda x: x.clamp(0.5, 1), False),
+    ],
+)
+def test_a_zero_channel_stays_zero_where_the_function_is_zero_there(function, preserved):
+    assert bool(function(torch.zeros(1)).any()) is not preserved
+    torch.manual_seed(0)
+    model = Between(function)
+    graph = fxlean.trace(model, torch.zeros(1, 3, 8, 8))
+    keep = np.ones(graph.num_kernels, dtype=bool)
+    keep[graph.layers[0].kernels] = False
+    zero = zero_channels(graph, keep)
+    last = np.flatnonzero(graph.kernel_start == graph.layers[1].start)[0]
+    start = graph.source_start[last]
+    read = graph.sources[start : start + graph.sizes[last]]
+    assert zero[read].tolist() == [preserved] * 4
+
+
+class Between(nn.Module):
+    """A function between two convolutions."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.first, self.second, self.last = (
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(4, 5, 3),
+            nn.Conv2d(5, 2, 1),
+        )
+
+    def forward(self, x):
+        return self.last(self.second(self.function(self.first(x))))
+
+
+@pytest.mark.parametrize(
+    ("operator", "kinds"),
+    [
+        (aten.add.Tensor, {Kind.SUM}),
+        (aten.sub.Tensor, {Kind.SUM}),
+        (aten.maximum.default, {Kind.SUM}),
+        (aten.hypot.default, {Kind.SUM}),
+        (aten.mul.Tensor, {Kind.PRODUCT}),
+        (aten.div.Tensor, {Kind.PRODUCT, Kind.LIVE}),
+        (aten.logaddexp.default, {Kind.LIVE}),
+        (aten.eq.Tensor, {Kind.LIVE}),
+    ],
+)
+def test_how_two_flows_join(operator, kinds):
+    site = place(operator, (IMAGE, IMAGE), torch.Generator().manual_seed(0))
+    flow = rule_for(operator)(site)
+    made = np.concatenate(site.wiring._kinds)[2 + CHANNELS :]
+    assert set(made.tolist()) == kinds
+    assert flow.gain.flatten().tolist() == [1.0]
+
+
+@pytest.mark.parametrize(("factor", "gain"), [(0.5, 0.5), (-3.0, 3.0)])
+def test_a_factor_is_a_gain(factor, gain):
+    generator = torch.Generator().manual_seed(0)
+    site = place(aten.mul.Tensor, (IMAGE, factor), generator)
+    before = site.flow()
+    after = rules.unary(site)
+    assert torch.equal(after.ids, before.ids)
+    assert torch.equal(after.gain, before.gain * gain)
+
+
+def distances(x):
+    """An operator without a rule."""
+    return torch.cdist(x, x)
+
+
+def test_a_norm_of_an_opaque_result_has_many_biases_for_one_channel():
+    norm = nn.BatchNorm2d(4).eval()
+    nn.init.ones_(norm.bias)
+    model = Between(lambda x: norm(distances(x)))
+    model.norm = norm
+    with pytest.warns(fxlean.PruneWarning, match=r"no rule for aten\._cdist_forward"):
+        result = fxlean.prune(model, 0.5, torch.zeros(1, 3, 8, 8), redundancy=False)
+    assert result.opaque_ops == {"aten._cdist_forward.default": 1}
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The table, with what a test adds to it undone afterwards."""
+    copied = dict(RULES)
+    monkeypatch.setattr(rules_table, "RULES", copied)
+    return copied
+
+
+def test_a_rule_can_be_registered_for_an_operator_or_an_overload(table):
+    def rule(site):
+        return make_flow(torch.zeros(1, dtype=torch.int64), torch.ones(1), site.shape)
+
+    register(aten._cdist_forward, rule)
+    assert rule_for(aten._cdist_forward.default) is rule
+    register(aten.renorm.default, rule)
+    assert rule_for(aten.renorm.default) is rule
+
+
+def test_a_registered_rule_is_used(table):
+    register(aten._cdist_forward, lambda site: site.flow())
+    assert not fxlean.prune(Between(distances), 0.5, torch.zeros(1, 3, 8, 8)).opaque_ops
+
+
+def test_rules_are_not_replaced_silently(table):
+    with pytest.raises(
+        fxlean.ArgumentError, match=r"convolution has a rule already \(convolution\)"
+    ):
+        register(aten.convolution, rules.pointwise)
+    assert rule_for(aten.convolution.default) is not rules.pointwise
+    register(aten.convolution, rules.pointwise, override=True)
+    assert rule_for(aten.convolution.default) is rules.pointwise
+
+
+@pytest.mark.parametrize("op", [F.relu, "aten.relu", nn.ReLU, None])
+def test_what_is_no_operator_has_no_rule(op):
+    with pytest.raises(fxlean.ArgumentError, match=r"is no torch operator\. Pass an operator"):
+        register(op, rules.pointwise)
+
+
+def test_unknown_operators_are_opaque_unless_torch_says_they_are_pointwise():
+    assert rule_for(aten._cdist_forward.default) is rules.opaque
+    assert rule_for(aten.relu.default) is rules.pointwise
