@@ -71,8 +71,8 @@ def operators() -> str:
         [
             "# Supported operators",
             "",
-            "The table of rules in `fxlean/channels/rules/table.py`, as `docs/make_pages.py` prints",
-            "it. Operators that torch tags as pointwise need no entry. Any other is *opaque*: treated",
+            "The table of rules in `fxlean/channels/rules/table.py`, by `docs/make_pages.py`.",
+            "Operators that torch tags as pointwise need no entry. Any other is *opaque*: treated",
             "as if it mixed everything, which is safe, and reported. `fxlean.register` adds rules.",
             "",
             "| rule | ATen operators |",
