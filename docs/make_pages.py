@@ -17,14 +17,14 @@ errors
 nn
 tracing: sandbox arguments inputs tracer
 norms: suprema operator
-channels: graph flow weights wiring site
+channels: graph flow calls weights wiring site
 channels.rules: movements positions weighted table
 channels: walk
 selection: jit ranking liveness chains paths methods
 pruning: prunable lengths masks progress result prune_model
-compaction: slots cut plan rules walk fold
+compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer
-compaction: attempts
+compaction: verify attempts
 costs
 """
 BEGIN, END = "<!-- modules -->\n", "<!-- /modules -->\n"

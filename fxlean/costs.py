@@ -10,22 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from .channels.calls import Convolution, Linear, nonzero_kernels, read_call
 from .channels.rules.movements import moves
-from .channels.weights import Constants, Weight
+from .channels.weights import Constants, layer_name
 from .errors import ArgumentError
-from .pruning.prunable import layer_name
 from .tracing.arguments import check_model, unwrapped
 from .tracing.tracer import Piece, trace_model
 
-aten = torch.ops.aten
-WEIGHTS: dict[Any, int] = {
-    aten.convolution: 1,
-    aten.mm: 1,
-    aten.addmm: 2,
-}  # which argument is the weight
 COUNTS = {"kernels": "kernels", "parameters": "parameters", "macs": "MACs"}  # and their headings
 
 
@@ -201,38 +194,29 @@ def _named_as(before: Sequence[LayerCost], layers: Sequence[LayerCost]) -> tuple
 
 def _piece_costs(piece: Piece, tensors: Mapping[str, Tensor]) -> Iterator[LayerCost]:
     """The cost of every convolution and product with a weight, in the order of the calls."""
-    nodes = list(piece.graph.graph.nodes)
-    inputs = piece.input_nodes
     state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
     constants = Constants(piece.graph, state, moves)
-    shapes = [node.meta["val"].shape for node in inputs if node.meta["val"].dim()]
-    batch = int(shapes[0][0]) if shapes else 1
-    dependent = set(inputs)
-    for node in nodes:
+    dependent = set(piece.input_nodes)
+    for node in piece.graph.graph.nodes:
         if dependent.isdisjoint(node.all_input_nodes):
             continue
         dependent.add(node)
-        place = WEIGHTS.get(getattr(node.target, "overloadpacket", None))
-        if place is not None and node.args[place] not in dependent:
-            yield _cost(node, node.args[place], constants, batch)
+        call = read_call(node)
+        if isinstance(call, Convolution | Linear) and call.weight not in dependent:
+            yield _cost(call, constants, piece.batch)
 
 
-def _cost(node: fx.Node, weight: Any, constants: Constants, batch: int) -> LayerCost:
+def _cost(call: Convolution | Linear, constants: Constants, batch: int) -> LayerCost:
     """The cost of one call."""
-    value = constants.value(weight)
-    convolution = node.target.overloadpacket is aten.convolution  # type: ignore[union-attr]
-    # A transposed convolution uses each kernel once for every position of what it reads.
-    shown = node.args[0] if convolution and node.args[6] else node
-    shape = shown.meta["val"].shape  # type: ignore[union-attr]
-    positions = shape[2:].numel() if convolution else shape[:-1].numel() // batch
-    area = value.shape[2:].numel()
-    alive = int(value.reshape(*value.shape[:2], -1).ne(0).any(2).sum())
-    kernels = value.shape[0] * value.shape[1]
+    weight = constants.value(call.weight)
+    nonzero = nonzero_kernels(call, weight)
+    kernels, left, area = nonzero.numel(), int(nonzero.sum()), weight.shape[2:].numel()
+    uses = area * call.positions // batch
     return LayerCost(
-        layer_name(Weight(constants.name(weight), value)),
-        *(kernels, alive),
-        *(kernels * area, alive * area),
-        *(kernels * area * positions, alive * area * positions),
+        layer_name(constants.name(call.weight)),
+        *(kernels, left),
+        *(kernels * area, left * area),
+        *(kernels * uses, left * uses),
     )
 
 

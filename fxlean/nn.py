@@ -33,13 +33,15 @@ class Selected(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's result, between the selection and the placement."""
+        dim = -1 if isinstance(self.layer, nn.Linear) else 1
         if self.reads is not None:
-            x = x.index_select(1, self.reads)
+            x = x.index_select(dim, self.reads)
         x = self.layer(x)
         if self.places is None:
             return x
-        shape = (x.shape[0], self.channels, *x.shape[2:])
-        return x.new_zeros(shape).index_copy_(1, self.places, x)
+        shape = list(x.shape)
+        shape[dim] = self.channels
+        return x.new_zeros(shape).index_copy_(dim, self.places, x)
 
     def extra_repr(self) -> str:
         """How many channels are read and written."""

@@ -172,7 +172,7 @@ def select(
 def drawn_for(model: nn.Module, case: Case, method: str) -> ByHand:
     """The graph by hand, with the lengths that a method wants."""
     chosen = METHODS[method]
-    return case.by_hand(model, chosen.norm or "spectral", fold=chosen.fold)
+    return case.by_hand(model, chosen.norm or "spectral", fold=chosen.gains)
 
 
 def assert_pruned_as(

@@ -37,6 +37,12 @@ class Flow:
         """Whether the channel changes along a dimension."""
         return self.ids.shape[dim] > 1
 
+    def varies_only(self, dims: Sequence[int]) -> bool:
+        """Whether channel and gain change along these dimensions at most."""
+        rank = len(self.shape)
+        others = set(range(rank)) - {dim % rank for dim in dims}
+        return all(self.ids.shape[dim] == self.gain.shape[dim] == 1 for dim in others)
+
 
 def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct values, sorted, and the place of every element among them.
@@ -145,6 +151,27 @@ def _aligned(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], li
         i, j = i + 1, j + 1
         runs.append((list(range(first, i)), list(range(second, j))))
     return [*runs, (list(range(i, len(old))), list(range(j, len(new))))]
+
+
+def meet(
+    flows: Sequence[Flow], shape: Sequence[int]
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """Which channels of several flows meet where they are broadcast to a shape.
+
+    Returns:
+        The number of the tuple of channels at every position, counting from 0; the ids of each
+        flow there; and their gains. All have one shape, which broadcasts to the one given.
+    """
+    rank = len(shape)
+    padded = [
+        make_flow(flow.ids, flow.gain, (1,) * (rank - len(flow.shape)) + tuple(flow.shape))
+        for flow in flows
+    ]
+    tensors = torch.broadcast_tensors(*[t for flow in padded for t in (flow.ids, flow.gain)])
+    key = torch.zeros_like(tensors[0])
+    for ids in tensors[::2]:
+        key = distinct(key * (int(ids.max()) + 1) + ids)[1]
+    return key, tensors[::2], tensors[1::2]
 
 
 def reduce_to(tensor: Tensor, like: Tensor, combine: Callable[..., Tensor]) -> Tensor:

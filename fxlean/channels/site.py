@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .flow import Flow, make_flow, reduce_to, scalar_gain
-from .graph import Kind
+from .calls import argument, operator_of, run
+from .flow import Flow, make_flow, scalar_gain
 from .weights import Constants, Origin
-from .wiring import CONSTANT, ZERO, Block, Wiring
-
-Masks = list[tuple[str, Tensor]]
+from .wiring import CONSTANT, ZERO, Bias, Builder
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,22 +21,20 @@ class Site:
 
     Attributes:
         node: the call, in the traced graph.
-        wiring: the channels and edges so far; rules add to it.
+        wiring: the channels so far; rules add to it.
         constants: values and origins of what depends on parameters only.
         env: the flows of the nodes before, or tuples of flows.
-        blocks: the convolutions before, by their node.
     """
 
     node: fx.Node
-    wiring: Wiring
+    wiring: Builder
     constants: Constants
     env: Mapping[fx.Node, Any]
-    blocks: dict[fx.Node, Block] = field(default_factory=dict)
 
     @property
     def packet(self) -> Any:
         """The operator, without its overload."""
-        return getattr(self.node.target, "overloadpacket", self.node.target)
+        return operator_of(self.node)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,11 +54,15 @@ class Site:
 
         Where the schema has none of the names, `default`.
         """
-        return argument_of(self.node, *names, default=default)
+        return argument(self.node, *names, default=default)
 
     def nodes(self) -> list[fx.Node]:
         """The nodes among the arguments that carry channels, in order, with repetitions."""
         return [arg for arg in _leaves((self.node.args, self.node.kwargs)) if arg in self.env]
+
+    def constant_nodes(self) -> list[fx.Node]:
+        """The nodes among the arguments that depend on parameters only."""
+        return [node for node in self.node.all_input_nodes if node not in self.env]
 
     def flows(self) -> list[Flow]:
         """The flows among the arguments, in order."""
@@ -99,66 +99,41 @@ class Site:
             given = stand_in(node)
             return given.to(device, node.meta["val"].dtype)
 
-        args = fx.map_arg(self.node.args, lookup)
-        kwargs = fx.map_arg(self.node.kwargs, lookup)
-        with torch.no_grad():
-            return self.node.target(*args, **kwargs)  # type: ignore[operator]
+        return run(self.node, lookup)
 
     def _tensors(self) -> Iterator[Tensor]:
-        for leaf in _leaves((self.node.args, self.node.kwargs)):
-            if isinstance(leaf, fx.Node) and leaf not in self.env:
-                value = self.constants.value(leaf)
-                if isinstance(value, Tensor):
-                    yield value
+        for node in self.constant_nodes():
+            value = self.constants.value(node)
+            if isinstance(value, Tensor):
+                yield value
 
     def opaque(self) -> Any:
         """The result of an operator without a rule: everything may depend on everything."""
-        name = str(self.node.target)
-        self.wiring.opaque_ops[name] = self.wiring.opaque_ops.get(name, 0) + 1
         sources = torch.cat([flow.channels() for flow in self.flows()])
-        hub = self.wiring.hub(sources, opaque=True)
+        hub = self.wiring.opaque(str(self.node.target), sources)
         results = [make_flow(hub, scalar_gain(1), shape) for shape in self.shapes()]
         several = isinstance(self.node.meta["val"], tuple | list)
         return tuple(results) if several else results[0]
 
-    def shift(self, flow: Flow, at_zero: Tensor, masks: Masks | None) -> Flow:
-        """The flow after a function that maps a zero channel to the constant `at_zero`.
+    def bias(self, at_zero: Tensor, arguments: Sequence[Any], ids: Tensor) -> Bias:
+        """What a function adds to channels, and how to mask these constant arguments to drop it.
 
-        The constant is dropped with the channel where that can be done by masking: `masks`
-        lists the parameters behind it and, for each channel, the flat index to mask, shape
-        like the ids. Where it cannot, and is not zero, a new channel is made that is live.
+        It cannot be dropped if one of them is not made of parameters with one element for each
+        channel, or if there is none.
         """
-        nonzero = reduce_to((at_zero != 0).cpu(), flow.ids, torch.any)
-        shape = torch.broadcast_shapes(flow.ids.shape, nonzero.shape)
-        ids = flow.ids.expand(shape)
-        live = nonzero.expand(shape) & ((ids == ZERO) | torch.tensor(masks is None))
-        if live.any():
-            gain = flow.gain.expand(torch.broadcast_shapes(flow.gain.shape, shape))
-            flow = self.wiring.derive(Kind.LIVE, make_flow(ids, gain, flow.shape), live)
-        for parameter, index in masks or []:
-            index, channels = torch.broadcast_tensors(index, ids)
-            usable = (channels != ZERO) & (channels != CONSTANT)
-            self.wiring.attach(parameter, index[usable], channels[usable])
-        return flow
-
-    def masks(self, arguments: Sequence[Any], ids: Tensor) -> Masks | None:
-        """How to zero these constant arguments channel by channel, for `shift`.
-
-        None if one of them is not made of parameters with one element for each channel.
-        """
-        found = []
-        for argument in arguments:
-            origin = self.origin(argument)
+        masks = []
+        for node in arguments:
+            origin = self.origin(node)
             if origin is None:
-                return None
-            index = origin.flat_index(tuple(argument.meta["val"].shape))
+                return Bias(at_zero)
+            index = origin.flat_index(tuple(node.meta["val"].shape))
             index = index.reshape((1,) * (ids.dim() - index.dim()) + tuple(index.shape))
             if index.dim() > ids.dim() or any(
                 size not in (1, want) for size, want in zip(index.shape, ids.shape, strict=True)
             ):
-                return None
-            found.append((origin.parameter, index))
-        return found
+                return Bias(at_zero)
+            masks.append((origin.parameter, index))
+        return Bias(at_zero, masks or None)
 
 
 def constant_flow(value: Any) -> Flow:
@@ -174,13 +149,3 @@ def _leaves(tree: Any) -> list[Any]:
     if isinstance(tree, tuple | list):
         return [leaf for item in tree for leaf in _leaves(item)]
     return [tree]
-
-
-def argument_of(node: Any, *names: str, default: Any = None) -> Any:
-    """See `Site.argument`."""
-    for position, parameter in enumerate(node.target._schema.arguments):
-        if parameter.name in names:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(parameter.name, parameter.default_value)
-    return default

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from .rules.movements import moves
 from .rules.table import rule_for
 from .site import Site
 from .weights import Constants
-from .wiring import Block, Wiring
+from .wiring import Builder, Wiring
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +31,19 @@ class Wired:
         results: channels that the model returns as they are; what leaves a submodule to be
             processed further is not among them.
         used: parameters that the traced graphs read.
+        left_out: what could not be traced, and why.
     """
 
     wiring: Wiring
     outputs: Tensor
     results: Tensor
     used: frozenset[str]
+    left_out: Mapping[str, str]
 
 
 def wire(model: nn.Module, trace: Trace) -> Wired:
     """Walk the traced graphs of a model, in the order in which they ran."""
-    wiring = Wiring(skipped=dict(trace.left_out))
+    wiring = Wiring()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     linked: dict[int, Flow] = {}
     leaving: list[Tensor] = []
@@ -49,62 +51,69 @@ def wire(model: nn.Module, trace: Trace) -> Wired:
     used: set[str] = set()
     returned = {id(tensor) for tensor in trace.results}
     for piece in trace.pieces:
+        state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
+        used |= {name for node, (name, _) in state.items() if node.users}
+        sources = [
+            (linked.get(id(piece.inputs[number])) if piece.inputs else None)
+            or source(wiring, tuple(node.meta["val"].shape))
+            for number, node in enumerate(piece.input_nodes)
+        ]
         with untouched(model):  # operators on constants may draw random numbers
-            flows = _walk(wiring, piece, tensors, linked, used)
-        for number, flow in enumerate(flows):
+            env = walk(piece, wiring, Constants(piece.graph, state, moves), sources)
+        for number, node in enumerate(piece.output_nodes):
+            flow = env.get(node)
             if flow is None:
                 continue
             leaving.append(flow.channels())
-            source = piece.outputs[number] if piece.outputs else None
-            if source is not None:
-                linked[id(source)] = flow
-            if source is None or id(source) in returned:
+            result = piece.outputs[number] if piece.outputs else None
+            if result is not None:
+                linked[id(result)] = flow
+            if result is None or id(result) in returned:
                 results.append(flow.channels())
     nothing = torch.zeros(0, dtype=torch.int64)
     return Wired(
-        wiring, torch.cat([nothing, *leaving]), torch.cat([nothing, *results]), frozenset(used)
+        wiring,
+        torch.cat([nothing, *leaving]),
+        torch.cat([nothing, *results]),
+        frozenset(used),
+        trace.left_out,
     )
 
 
-def _walk(
-    wiring: Wiring,
+def walk(
     piece: Piece,
-    tensors: Mapping[str, Tensor],
-    linked: Mapping[int, Flow],
-    used: set[str],
-) -> list[Flow | None]:
-    """The flows that a piece returns; None for results that do not depend on its inputs."""
-    nodes = list(piece.graph.graph.nodes)
-    state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
-    used |= {name for node, (name, _) in state.items() if node.users}
-    constants = Constants(piece.graph, state, moves)
-    env: dict[fx.Node, Any] = {}
-    for number, node in enumerate(piece.input_nodes):
-        known = linked.get(id(piece.inputs[number])) if piece.inputs else None
-        env[node] = known or _source(wiring, tuple(node.meta["val"].shape))
-    blocks: dict[fx.Node, Block] = {}
-    returned: list[Flow | None] = []
-    for node in nodes:
-        if node.op == "output":
-            returned = [env.get(arg) for arg in node.args[0]]
-        elif node.op == "call_function" and any(arg in env for arg in node.all_input_nodes):
-            result = _result(Site(node, wiring, constants, env, blocks))
+    wiring: Builder,
+    constants: Constants,
+    sources: Sequence[Flow],
+    apply: Callable[[Site], Any] = lambda site: rule_for(site.node.target)(site),
+) -> dict[fx.Node, Any]:
+    """The flow, or tuple of flows, of every node of a piece that depends on its inputs.
+
+    Args:
+        piece: the graph.
+        wiring: rules add to it.
+        constants: of the piece.
+        sources: the flows of its inputs.
+        apply: gives the result of an operator; by default, that of its rule.
+    """
+    env: dict[fx.Node, Any] = dict(zip(piece.input_nodes, sources, strict=True))
+    for node in piece.graph.graph.nodes:
+        if node.op == "call_function" and any(arg in env for arg in node.all_input_nodes):
+            result = _result(Site(node, wiring, constants, env), apply)
             if result is not None:
                 env[node] = result
-    return returned
+    return env
 
 
-def _result(site: Site) -> Any:
+def _result(site: Site, apply: Callable[[Site], Any]) -> Any:
     if site.node.target is operator.getitem:
         source, number = site.node.args
         return site.env[source][number]  # type: ignore[index]
     value = site.node.meta.get("val")
-    if not isinstance(value, Tensor | tuple | list):
-        return None
-    return rule_for(site.node.target)(site)
+    return apply(site) if isinstance(value, Tensor | tuple | list) else None
 
 
-def _source(wiring: Wiring, shape: tuple[int, ...]) -> Flow:
+def source(wiring: Builder, shape: tuple[int, ...]) -> Flow:
     """An input of the model: one live channel for each position of its channel dimension."""
     dim = min(1, len(shape) - 1)
     sizes = [size if number == dim else 1 for number, size in enumerate(shape)]

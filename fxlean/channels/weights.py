@@ -10,11 +10,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
+
+from .calls import as_kernels, operator_of, run
 
 VIEWS = frozenset({torch.ops.aten.view, torch.ops.aten._unsafe_view})
 MULTIPLICATIVE = frozenset({torch.ops.aten.mul, torch.ops.aten._to_copy, torch.ops.aten.clone})
@@ -51,6 +54,7 @@ class Weight:
             one channel are one kernel.
         stride, dilation: of the convolution.
         groups: of the convolution.
+        layer: see `Constants.layer`.
     """
 
     name: str
@@ -62,14 +66,24 @@ class Weight:
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    layer: str | None = None
 
     def kernels(self, tensor: Tensor) -> Tensor:
         """A tensor in the layout of the weight as (out, in of the group, *size)."""
-        if not self.transposed:
-            return tensor
-        size = tensor.shape[2:]
-        split = tensor.reshape(self.groups, -1, tensor.shape[1], *size)
-        return split.transpose(1, 2).reshape(-1, split.shape[1], *size)
+        return as_kernels(tensor, self.transposed, self.groups)
+
+    @property
+    def layer_name(self) -> str:
+        """See the function."""
+        return layer_name(self.origin.parameter if self.origin else self.name)
+
+
+def layer_name(parameter: str) -> str:
+    """The layer behind a weight: its module, or the parameter where a module has several."""
+    parts = parameter.removesuffix("_orig").split(".")
+    if "parametrizations" in parts:
+        parts = [*parts[: parts.index("parametrizations")], "weight"]
+    return ".".join(parts[:-1] if parts[-1] in ("weight", "weight_v") and parts[1:] else parts)
 
 
 class Constants:
@@ -80,11 +94,20 @@ class Constants:
         module: fx.GraphModule,
         state: Mapping[fx.Node, tuple[str, Tensor]],
         moves: Callable[[Any], bool],
+        owners: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`state` maps placeholders to their names and tensors; `moves` knows data movements."""
+        """Remember where values come from; nothing is computed yet.
+
+        Args:
+            module: the graph, for its attributes.
+            state: from placeholders to the names and tensors of parameters and buffers.
+            moves: whether an operator only moves data.
+            owners: from parameters and buffers to the layers that own them.
+        """
         self._module = module
         self._state = state
         self._moves = moves
+        self._owners = owners
         self._values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -102,16 +125,43 @@ class Constants:
         origin = origins[node]
         return origin if origin is not None and self._zeroes(node, origin) else None
 
+    def parameters(self, node: fx.Node) -> list[str]:
+        """Names of the parameters and buffers that a node is computed from."""
+        return [self._state[key][0] for key in _ancestors(node) if key in self._state]
+
+    def holds(self, node: fx.Node) -> bool:
+        """Whether a node depends on parameters, buffers and attributes only."""
+        inputs = [key for key in _ancestors(node) if key.op == "placeholder"]
+        return all(key in self._state for key in inputs)
+
+    def is_trained(self, node: fx.Node) -> bool:
+        """Whether any of the parameters that a node is computed from requires gradients."""
+        leaves = [key for key in _ancestors(node) if key in self._state or key.op == "get_attr"]
+        return any(self._tensor(leaf).requires_grad for leaf in leaves)
+
+    def layer(self, *nodes: fx.Node | None) -> str | None:
+        """The one layer that owns all of these, which are parameters or buffers as they are."""
+        names = [self._state.get(node, ("", None))[0] for node in nodes if node is not None]
+        found = {self._owners.get(name) for name in names}
+        return found.pop() if len(found) == 1 else None
+
+    def layers(self, node: fx.Node) -> set[str]:
+        """The layers that own what a node is computed from."""
+        return {self._owners[name] for name in self.parameters(node) if name in self._owners}
+
     def name(self, node: fx.Node) -> str:
         """The parameter behind a weight, for messages: the first if it is computed from many."""
-        names = [self._state[key][0] for key in _ancestors(node) if key in self._state]
-        return names[0] if names else str(node)
+        return next(iter(self.parameters(node)), str(node))
 
-    def _leaf(self, node: fx.Node) -> Any:
+    def _leaf(self, node: fx.Node) -> Tensor:
+        return self._tensor(node).detach()
+
+    def _tensor(self, node: fx.Node) -> Tensor:
         if node in self._state:
-            return self._state[node][1].detach()
+            return self._state[node][1]
         assert node.op == "get_attr"
-        return getattr(self._module, str(node.target))
+        found: Tensor = attribute(self._module, str(node.target))
+        return found
 
     def _step(self, node: fx.Node, origins: Mapping[fx.Node, Origin | None]) -> Origin | None:
         """The origin of one node from those of its inputs; a guess that `_zeroes` verifies."""
@@ -128,7 +178,7 @@ class Constants:
             before = tuple(arg.meta["val"].shape) if isinstance(arg.meta["val"], Tensor) else None
             if before is None and self._moves(arg.target):
                 return self._part(node, arg, origins)
-            if before == tuple(value.shape) and _packet(node.target) in MULTIPLICATIVE:
+            if before == tuple(value.shape) and operator_of(node.target) in MULTIPLICATIVE:
                 return origin
             if before is not None and self._moves(node.target):
                 index = self._move(node, arg, origin.flat_index(before))
@@ -149,9 +199,9 @@ class Constants:
 
     def _move(self, node: fx.Node, moved: fx.Node, index: Tensor) -> Tensor:
         """The flat indices after a data movement, by running it on them."""
-        if _packet(node.target) in VIEWS:  # which need the strides of the data
+        if operator_of(node.target) in VIEWS:  # which need the strides of the data
             return index.reshape(node.meta["val"].shape)
-        moved_index: Tensor = _run(node, lambda arg: index if arg is moved else self.value(arg))
+        moved_index: Tensor = run(node, lambda arg: index if arg is moved else self.value(arg))
         return moved_index
 
     def _zeroes(self, node: fx.Node, origin: Origin) -> bool:
@@ -164,7 +214,7 @@ class Constants:
         if all(
             self._moves(ancestor.target)
             or ancestor.target is operator.getitem
-            or _packet(ancestor.target) in MULTIPLICATIVE
+            or operator_of(ancestor.target) in MULTIPLICATIVE
             for ancestor in ancestors
         ):
             return True
@@ -213,6 +263,12 @@ class Constants:
         return result
 
 
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """An attribute of a module or of one inside it, by its path."""
+    owner, _, name = path.rpartition(".")
+    return getattr(module.get_submodule(owner), name)
+
+
 def _ancestors(node: fx.Node) -> list[fx.Node]:
     """The node and all that it depends on, in the order of the graph."""
     found, stack = {node}, [node]
@@ -230,18 +286,7 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any], leaf: Callable[[fx.Node
             if ancestor in values:
                 continue
             if ancestor.op == "call_function":
-                values[ancestor] = _run(ancestor, values.__getitem__)
+                values[ancestor] = run(ancestor, values.__getitem__)
             else:
                 values[ancestor] = leaf(ancestor)
     return values[node]
-
-
-def _run(node: fx.Node, lookup: Callable[[fx.Node], Any]) -> Any:
-    args = fx.map_arg(node.args, lookup)
-    kwargs = fx.map_arg(node.kwargs, lookup)
-    with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _packet(target: Any) -> Any:
-    return getattr(target, "overloadpacket", target)

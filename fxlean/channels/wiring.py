@@ -1,16 +1,21 @@
-"""`Wiring`: a `ChannelGraph` while it grows, and the weights that will give it its lengths."""
+"""`Wiring`: a `ChannelGraph` while it grows, and the weights that will give it its lengths.
+
+`Builder` says what rules may ask of it. Compaction runs the same rules on a builder of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, fx
 
-from .flow import Flow, distinct, make_flow, scalar_gain
+from .calls import BatchNorm, Convolution, Linear
+from .flow import Flow, distinct, make_flow, meet, reduce_to, scalar_gain
 from .graph import ChannelGraph, Kind, Layer
 from .weights import Weight
 
@@ -42,22 +47,106 @@ class Block:
     biased: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """What a function adds to channels: the value that it gives to a zero channel.
+
+    Attributes:
+        at_zero: that value, of a shape that broadcasts with the ids of the channels.
+        masks: the parameters that it is made of, and for each channel the flat index of the
+            element to mask; None where masking parameters cannot make it zero.
+    """
+
+    at_zero: Tensor
+    masks: Sequence[tuple[str, Tensor]] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """What a batch norm does to channels; tensors broadcast with the ids of the channels.
+
+    Attributes:
+        scale: what it multiplies them by.
+        bias: what it adds.
+        constant: True where its running variance shows that they are the same for all inputs.
+        layer: that owns its parameters and statistics, see `Constants.layer`.
+    """
+
+    scale: Tensor
+    bias: Bias
+    constant: Tensor
+    layer: str | None
+
+
+class Builder(Protocol):
+    """What rules build with. Channel 0 is always zero, channel 1 a constant."""
+
+    def add_channels(self, kind: Kind, count: int) -> Tensor:
+        """New channels without incoming edges."""
+
+    def add_rows(
+        self,
+        kind: Kind,
+        targets: NDArray[np.int64],
+        sources: NDArray[np.int64],
+        lengths: NDArray[np.float64],
+        count: int,
+    ) -> Tensor:
+        """New channels with fixed edges `sources[i] -> targets[i]`; targets count from 0."""
+
+    def add_block(
+        self,
+        call: Convolution | Linear,
+        weight: Weight,
+        bias: Bias | None,
+        sources: Tensor,
+        gain: Tensor,
+    ) -> Tensor:
+        """New channels fed by a weight, one a row.
+
+        Sources and gain have shape (groups, columns), the bias one entry a row.
+        """
+
+    def affine(self, call: BatchNorm, flow: Flow, affine: Affine) -> Flow:
+        """The flow after a batch norm."""
+
+    def shift(self, flow: Flow, bias: Bias) -> Flow:
+        """The flow after a function that adds a bias to it."""
+
+    def derive(self, kind: Kind, flow: Flow, where: Tensor | None = None) -> Flow:
+        """New channels of a kind, one for every channel of the flow, each fed by it alone.
+
+        `where` says at which positions, broadcasting with `flow.ids`; elsewhere the channel stays.
+        """
+
+    def join(self, kind: Kind, flows: Sequence[Flow], shape: Sequence[int]) -> Flow:
+        """One new channel for each distinct tuple of channels that meet at a position."""
+
+    def merge(self, flow: Flow, dims: Sequence[int]) -> Flow:
+        """The flow with channels that vary along `dims` only, merging those that differ."""
+
+    def hub(self, channels: Tensor) -> Tensor:
+        """A live channel that depends on all of these, shape (1,)."""
+
+    def opaque(self, operator: str, channels: Tensor) -> Tensor:
+        """A hub for an operator without a rule; what it depends on is never redundant."""
+
+
 @dataclass(eq=False)
 class Wiring:
-    """Channels and edges so far. Channel 0 is always zero, channel 1 a constant.
+    """The builder of channel graphs: channels and edges so far.
 
     Attributes:
         blocks: applications of weights, in order.
-        constants: (parameter, flat index, channel) of biases and batch norms, which are masked
+        biases: (parameter, flat index, channel) of biases and batch norms, which are masked
             where the channel is zero.
         opaque_ops: operators without a rule, with how often they occurred.
-        skipped: what is left unpruned, and why.
     """
 
     blocks: list[Block] = field(default_factory=list)
-    constants: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    biases: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     opaque_ops: dict[str, int] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    _block_of: dict[fx.Node, Block] = field(default_factory=dict)
     _kinds: list[NDArray[np.uint8]] = field(default_factory=list)
     _sizes: list[NDArray[np.int64]] = field(default_factory=list)
     _source_start: list[NDArray[np.int64]] = field(default_factory=list)
@@ -74,7 +163,7 @@ class Wiring:
         self.add_channels(Kind.LIVE, 1)
 
     def add_channels(self, kind: Kind, count: int) -> Tensor:
-        """New channels without incoming edges."""
+        """See `Builder`."""
         none = np.zeros(count, dtype=np.int64)
         return self._append(kind, none, none, none)
 
@@ -86,7 +175,7 @@ class Wiring:
         lengths: NDArray[np.float64],
         count: int,
     ) -> Tensor:
-        """New channels with fixed edges `sources[i] -> targets[i]`; targets count from 0."""
+        """See `Builder`."""
         order = np.lexsort((sources, targets))
         targets, sources, lengths = targets[order], sources[order], lengths[order]
         fresh = np.ones(len(order), dtype=bool)
@@ -102,29 +191,72 @@ class Wiring:
         return ids
 
     def add_block(
-        self, weight: Weight, kind: Kind, sources: Tensor, gain: Tensor, rows: int
-    ) -> Block:
-        """New channels fed by a weight; sources and gain have shape (groups, columns)."""
+        self,
+        call: Convolution | Linear,
+        weight: Weight,
+        bias: Bias | None,
+        sources: Tensor,
+        gain: Tensor,
+    ) -> Tensor:
+        """See `Builder`. A bias that masks cannot drop makes its channels live."""
         groups, columns = sources.shape
+        rows = call.node.meta["val"].shape[1]
         group = np.arange(rows, dtype=np.int64) // (rows // groups)
         first, start = self._num_channels, self._num_lengths
         block = Block(weight, first, rows, columns, start, gain.numpy(), np.ones(rows))
+        block.biased = bias is not None
         self.blocks.append(block)
-        self._append(
-            kind,
+        self._block_of[call.node] = block
+        live = bias is not None and bias.masks is None and bool(bias.at_zero.any())
+        ids = self._append(
+            Kind.LIVE if live else Kind.SUM,
             np.full(rows, columns, dtype=np.int64),
             self._num_sources + group * columns,
             self._num_lengths + np.arange(rows, dtype=np.int64) * columns,
         )
         self._add_sources(sources.reshape(-1).numpy())
         self._num_lengths += rows * columns
-        return block
+        self._attach(bias, ids)
+        return ids
+
+    def affine(self, call: BatchNorm, flow: Flow, affine: Affine) -> Flow:
+        """See `Builder`: folded into the convolution before if that feeds nothing else.
+
+        Else its scale is a gain. Constant channels are dropped, if that can be done by masking.
+        """
+        scale, constant = affine.scale.abs(), affine.constant
+        if call.data in self._block_of and len(call.data.users) == 1:
+            self._block_of[call.data].gain_out *= scale.reshape(-1).numpy()
+        else:
+            flow = make_flow(flow.ids, flow.gain * scale, flow.shape)
+        if affine.bias.masks is not None and constant.any():
+            flow = self.derive(Kind.DEAD, flow, constant)
+        return self.shift(flow, affine.bias)
+
+    def shift(self, flow: Flow, bias: Bias) -> Flow:
+        """See `Builder`. The bias is dropped with the channel where that can be done by masking.
+
+        Where it cannot, and is not zero, a new channel is made that is live.
+        """
+        nonzero = reduce_to((bias.at_zero != 0).cpu(), flow.ids, torch.any)
+        shape = torch.broadcast_shapes(flow.ids.shape, nonzero.shape)
+        ids = flow.ids.expand(shape)
+        live = nonzero.expand(shape) & ((ids == ZERO) | torch.tensor(bias.masks is None))
+        if live.any():
+            gain = flow.gain.expand(torch.broadcast_shapes(flow.gain.shape, shape))
+            flow = self.derive(Kind.LIVE, make_flow(ids, gain, flow.shape), live)
+        self._attach(bias, ids)
+        return flow
+
+    def _attach(self, bias: Bias | None, ids: Tensor) -> None:
+        """Note which elements of parameters are biases of these channels."""
+        for parameter, index in (bias and bias.masks) or []:
+            index, channels = torch.broadcast_tensors(index, ids)
+            usable = (channels != ZERO) & (channels != CONSTANT)
+            self.biases.append((parameter, index[usable], channels[usable]))
 
     def derive(self, kind: Kind, flow: Flow, where: Tensor | None = None) -> Flow:
-        """New channels of a kind, one for every channel of the flow, each fed by it alone.
-
-        `where` says at which positions, broadcasting with `flow.ids`; elsewhere the channel stays.
-        """
+        """See `Builder`."""
         where = torch.ones_like(flow.ids, dtype=torch.bool) if where is None else where
         ids, gain, positions = torch.broadcast_tensors(flow.ids, flow.gain, where)
         old, target = distinct(ids[positions])
@@ -137,53 +269,45 @@ class Wiring:
         return make_flow(result, scale, flow.shape)
 
     def join(self, kind: Kind, flows: Sequence[Flow], shape: Sequence[int]) -> Flow:
-        """One new channel for each distinct tuple of channels that meet at a position."""
-        rank = len(shape)
-        padded = [make_flow(flow.ids, flow.gain, _padded(flow.shape, rank)) for flow in flows]
-        tensors = torch.broadcast_tensors(*[t for flow in padded for t in (flow.ids, flow.gain)])
-        key = torch.zeros_like(tensors[0])
-        for ids in tensors[::2]:
-            key = distinct(key * self._num_channels + ids)[1]
-        count = int(key.max()) + 1 if key.numel() else 0
+        """See `Builder`."""
+        key, ids, gains = meet(flows, shape)
         new = self.add_rows(
             kind,
             key.reshape(-1).repeat(len(flows)).numpy(),
-            torch.cat([ids.reshape(-1) for ids in tensors[::2]]).numpy(),
-            torch.cat([gain.reshape(-1) for gain in tensors[1::2]]).numpy(),
-            count,
+            torch.cat([tensor.reshape(-1) for tensor in ids]).numpy(),
+            torch.cat([tensor.reshape(-1) for tensor in gains]).numpy(),
+            int(key.max()) + 1 if key.numel() else 0,
         )
-        return make_flow(new[key], scalar_gain(rank), shape)
+        return make_flow(new[key], scalar_gain(len(shape)), shape)
 
     def merge(self, flow: Flow, dims: Sequence[int]) -> Flow:
-        """The flow with channels that vary along `dims` only, merging those that differ."""
-        rank = len(flow.shape)
-        dims = [dim % rank for dim in dims]
-        if all(d in dims or flow.ids.shape[d] == flow.gain.shape[d] == 1 for d in range(rank)):
+        """See `Builder`."""
+        if flow.varies_only(dims):
             return flow
+        rank = len(flow.shape)
         ids, gain = torch.broadcast_tensors(flow.ids, flow.gain)
-        kept = [ids.shape[dim] if dim in dims else 1 for dim in range(rank)]
+        kept = [ids.shape[dim] if dim in [d % rank for d in dims] else 1 for dim in range(rank)]
         count = int(np.prod(kept))
         target = torch.arange(count).reshape(kept).expand(ids.shape).reshape(-1)
         sources, lengths = ids.reshape(-1).numpy(), gain.reshape(-1).numpy()
         new = self.add_rows(Kind.SUM, target.numpy(), sources, lengths, count)
         return make_flow(new.reshape(kept), scalar_gain(rank), flow.shape)
 
-    def hub(self, channels: Tensor, *, opaque: bool) -> Tensor:
-        """One channel fed by all of these, shape (1,); opaque ones are never redundant.
+    def hub(self, channels: Tensor) -> Tensor:
+        """See `Builder`. Along its edges, of length 0, no chain runs."""
+        return self._hub(channels, 0.0)
 
-        The edges of an opaque hub have length 1; others, length 0, stand for the dependence of
-        a normalisation on all of its inputs, along which no chain runs.
-        """
-        sources = distinct(channels)[0].numpy()
-        lengths = np.full(len(sources), float(opaque))
-        hub = self.add_rows(Kind.LIVE, np.zeros_like(sources), sources, lengths, 1)
-        if opaque:
-            self._opaque.append(int(hub))
+    def opaque(self, operator: str, channels: Tensor) -> Tensor:
+        """See `Builder`. Its edges have length 1."""
+        self.opaque_ops[operator] = self.opaque_ops.get(operator, 0) + 1
+        hub = self._hub(channels, 1.0)
+        self._opaque.append(int(hub))
         return hub
 
-    def attach(self, parameter: str, index: Tensor, ids: Tensor) -> None:
-        """Note that these elements of a bias or batch norm are constants of these channels."""
-        self.constants.append((parameter, index.reshape(-1), ids.reshape(-1)))
+    def _hub(self, channels: Tensor, length: float) -> Tensor:
+        sources = distinct(channels)[0].numpy()
+        lengths = np.full(len(sources), length)
+        return self.add_rows(Kind.LIVE, np.zeros_like(sources), sources, lengths, 1)
 
     def rows(self) -> Callable[[int], NDArray[np.int32]]:
         """A function from a channel to the channels that feed it."""
@@ -233,12 +357,12 @@ class Wiring:
         )
 
     def _groups(self) -> NDArray[np.int32]:
-        """Channels that share a constant, connected components numbered by their first channel."""
+        """Channels that share a bias, connected components numbered by their first channel."""
         import scipy.sparse.csgraph  # here, because it takes a third of the time to import fxlean
 
         pairs = []
-        for parameter in {name for name, _, _ in self.constants}:
-            parts = [(index, ids) for name, index, ids in self.constants if name == parameter]
+        for parameter in {name for name, _, _ in self.biases}:
+            parts = [(index, ids) for name, index, ids in self.biases if name == parameter]
             index = torch.cat([index for index, _ in parts]).numpy()
             ids = torch.cat([ids for _, ids in parts]).numpy()
             order = np.argsort(index, kind="stable")
@@ -270,7 +394,3 @@ class Wiring:
     def _add_sources(self, sources: NDArray[np.int64]) -> None:
         self._sources.append(sources.astype(np.int32))
         self._num_sources += len(sources)
-
-
-def _padded(shape: Sequence[int], rank: int) -> tuple[int, ...]:
-    return (1,) * (rank - len(shape)) + tuple(shape)

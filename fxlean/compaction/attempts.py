@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
-from ..errors import ArgumentError, CompactionError, CompactionWarning
+from ..errors import CompactionError, CompactionWarning
 from ..nn import RefreshMasks
 from ..tracing.arguments import check_model, unwrapped
-from ..tracing.inputs import as_arguments
 from ..tracing.sandbox import evaluating, on_cpu
 from ..tracing.tracer import Trace, trace_model
 from .cut import part_of, shrink
@@ -23,9 +20,9 @@ from .exported.writer import rewritten
 from .fold import fold, is_frozen
 from .plan import choose_slots, layers_of
 from .slots import Slots
-from .walk import walk
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+from .solve import solve
+from .verify import Check, copied, inputs_to_compare
+from .walk import slots_of
 
 
 def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
@@ -58,22 +55,17 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """
     check_model(model)
     model = unwrapped(model)
-    bare = _copy(model)
+    bare = copied(model)
     remove_masks(bare)
     trace = trace_model(bare, example_inputs)
-    inputs = _check_inputs(trace, example_inputs)
-    expected = _outputs(model, inputs)
-    problem = ""
-    for attempt in _attempts(bare, trace, inputs[0]):
-        problem = _difference(attempt, inputs, expected)
-        if not problem and (_trains(attempt, inputs[0]) or not _trains(bare, inputs[0])):
-            # Within its one group that is left, a layer can be cut further.
-            again = _grouped(attempt) < _grouped(bare)
-            return compact(attempt, inputs[0]) if again else attempt
-    raise CompactionError(
-        f"{type(model).__name__} without masks differs from the masked model: {problem}. "
-        "Compact it in eval mode, on example_inputs for which its outputs are the same every time."
-    )
+    inputs = inputs_to_compare(trace, example_inputs)
+    check = Check(model, bare, inputs)
+    while True:
+        smaller = _smallest(bare, trace, check)
+        if _grouped(smaller) >= _grouped(bare):
+            return smaller
+        # Within its one group that is left, a layer can be cut further.
+        bare, trace = smaller, trace_model(smaller, inputs[0])
 
 
 def _grouped(model: nn.Module) -> int:
@@ -81,10 +73,32 @@ def _grouped(model: nn.Module) -> int:
     return sum(getattr(module, "groups", 1) > 1 for module in model.modules())
 
 
+def _smallest(bare: nn.Module, trace: Trace, check: Check) -> nn.Module:
+    """The smallest candidate that computes the same."""
+    problems: list[str] = []
+    for attempt in _attempts(bare, trace, check.arguments):
+        problem = check.problem(attempt)
+        if not problem:
+            if attempt is bare and problems:
+                warnings.warn(
+                    f"{type(bare).__name__} keeps its size, for what was cut out of it does not "
+                    f"compute the same: {problems[0]}. Masks are permanent all the same. Where "
+                    "sizes are written into the code, compute them from shapes.",
+                    CompactionWarning,
+                    stacklevel=3,
+                )
+            return attempt
+        problems.append(problem)
+    raise CompactionError(
+        f"{type(bare).__name__} without masks differs from the masked model: {problems[-1]}. "
+        "Compact it in eval mode, on example_inputs for which its outputs are the same every time."
+    )
+
+
 def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
     """Ever more careful candidates, down to the model without masks."""
     if is_frozen(bare):
-        folded = _copy(bare)
+        folded = copied(bare)
         if fold(folded, trace):
             yield from _cut(folded, trace_model(folded, arguments), arguments)
     yield from _cut(bare, trace, arguments)
@@ -93,11 +107,11 @@ def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iter
 
 def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
     """Candidates with fewer channels, the smallest first."""
-    slots = walk(bare, trace, reshape=True)
+    slots = slots_of(bare, trace, reshape=True)
     if slots.strangers:
         try:
             candidate = _rewritten(bare, arguments)
-        except Exception as err:
+        except Exception as err:  # torch.export refuses many models, in many ways
             warnings.warn(
                 f"{slots.strangers} pruned convolutions have weights that belong to no layer, and "
                 f"the model cannot be rewritten ({type(err).__name__}: {str(err)[:200]}): they "
@@ -108,23 +122,23 @@ def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[
         else:
             yield candidate
     yield _compacted(bare, slots, pinned=False)
-    slots = walk(bare, trace, reshape=False)
+    slots = slots_of(bare, trace, reshape=False)
     for pinned in (False, True):
         yield _compacted(bare, slots, pinned=pinned)
 
 
 def _rewritten(bare: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
     """The model as a graph of small layers, tried on inputs of another size as well."""
-    model = _copy(bare)
+    model = copied(bare)
     # Export takes a size of 1 for a constant, so it gets larger inputs where they are accepted.
     larger = pytree.tree_map(_doubled, arguments)
     try:
-        expected = _outputs(model, [larger])
-    except Exception:
-        larger, expected = arguments, _outputs(model, [arguments])
+        check = Check(model, model, [larger])
+    except Exception:  # whatever the model raises at a size that it was not made for
+        larger, check = arguments, Check(model, model, [arguments])
     with evaluating(model):
         result = rewritten(model, larger)
-    problem = _difference(result, [larger], expected)
+    problem = check.problem(result)
     if problem:
         raise CompactionError(f"on inputs of another size: {problem}")
     return result.train(bare.training)
@@ -147,11 +161,11 @@ def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
         pinned: whether values keep all their channels, so that layers only change inside.
     """
     layers = layers_of(slots)
-    kept = slots.solve(pinned=True) if pinned else choose_slots(slots, layers)
-    result = _copy(bare)
-    for name, calls in layers.items():
+    kept = solve(slots, pinned=True) if pinned else choose_slots(slots, layers)
+    result = copied(bare)
+    for name, applications in layers.items():
         module = result.get_submodule(name)
-        smaller = shrink(module, part_of(calls, kept))
+        smaller = shrink(module, part_of(applications, kept))
         if smaller is not module:
             _replace(result, module, smaller)
     return result
@@ -173,86 +187,3 @@ def remove_masks(model: nn.Module) -> None:
                 prune.remove(module, hook._tensor_name)
             elif isinstance(hook, RefreshMasks):
                 del module._forward_pre_hooks[number]
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy; computed weights, which deepcopy refuses, are detached in it."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
-
-
-def _check_inputs(trace: Trace, example_inputs: Any) -> list[tuple[Any, ...]]:
-    """The arguments on which outputs are compared: as given, and of random numbers."""
-    if example_inputs is not None:
-        given = as_arguments(example_inputs)
-    elif trace.left_out:
-        raise ArgumentError(
-            f"{', '.join(trace.left_out)} cannot be traced, and so the inputs of the whole model "
-            "are not known. Pass example_inputs."
-        )
-    else:
-        (piece,) = trace.pieces
-        values = [node.meta["val"] for node in piece.input_nodes]
-        device = values[0].device
-        given = tuple(torch.zeros(v.shape, dtype=v.dtype, device=device) for v in values)
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
-
-    return [given, pytree.tree_map(noise, given)]
-
-
-def _outputs(model: nn.Module, inputs: list[tuple[Any, ...]]) -> list[list[Tensor]]:
-    """The tensors that the model returns, for each of the inputs."""
-    with evaluating(model):
-        results = [model(*copy.deepcopy(arguments)) for arguments in inputs]
-    return [[x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in results]
-
-
-def _difference(
-    model: nn.Module,
-    inputs: list[tuple[Any, ...]],
-    expected: list[list[Tensor]],
-) -> str:
-    """What is wrong with a candidate, or an empty string."""
-    try:
-        found = _outputs(model, inputs)
-    except Exception as err:
-        return f"{type(err).__name__}: {err}"
-    for results, references in zip(found, expected, strict=True):
-        for result, reference in zip(results, references, strict=True):
-            error = relative_error(result, reference)
-            if not error <= TOLERANCE.get(reference.dtype, 0.0):
-                return f"outputs differ by {error:.1e} of the largest"
-    return ""
-
-
-def relative_error(result: Tensor, reference: Tensor) -> float:
-    """The largest difference over the largest absolute value of the reference; NaN equals NaN."""
-    if result.shape != reference.shape:
-        return float("inf")
-    wide = torch.float64 if reference.is_floating_point() else reference.dtype
-    result, reference = result.to(wide).nan_to_num(), reference.to(wide).nan_to_num()
-    if torch.equal(result, reference):
-        return 0.0
-    if not reference.is_floating_point():
-        return float("inf")
-    return ((result - reference).abs().max() / reference.abs().max()).item()
-
-
-def _trains(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
-    """Whether the model runs in training mode."""
-    with evaluating(model):
-        model.train()
-        try:
-            model(*copy.deepcopy(arguments))
-        except Exception:
-            return False
-    return True

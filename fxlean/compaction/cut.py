@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Selected
-from .slots import Call, Kept, fill_up
+from .slots import Application
+from .solve import Kept, fill_up
 
 # Nanoseconds on two cores; only their ratios matter. `benchmarks/layers.py costs` measures them.
 MULTIPLY = 0.01  # one multiply-accumulate of a convolution
@@ -25,32 +26,32 @@ class Part:
     """What is left of a layer.
 
     Attributes:
-        calls: its applications.
+        applications: its applications.
         present: shape (columns,), True for the channels that its source still has.
         wanted: shape (rows,), True for those that its result must have.
         used: shape (columns,), True for those that the wanted results depend on.
-        alive: shape (rows,), True for wanted results that are not zero.
+        live: shape (rows,), True for wanted results that are not zero.
     """
 
-    calls: tuple[Call, ...]
+    applications: tuple[Application, ...]
     present: Tensor
     wanted: Tensor
     used: Tensor
-    alive: Tensor
+    live: Tensor
 
 
-def part_of(calls: Sequence[Call], kept: Kept) -> Part:
+def part_of(applications: Sequence[Application], kept: Kept) -> Part:
     """What is left of a layer, from its applications and the slots that are kept."""
-    wanted = kept(calls[0].result.slots)
-    alive = torch.stack([wanted & ~call.result.zero for call in calls]).any(0)
-    used = torch.stack([call.columns_read(alive) for call in calls]).any(0)
-    return Part(tuple(calls), kept(calls[0].source.slots), wanted, used, alive)
+    wanted = kept(applications[0].result.slots)
+    live = torch.stack([wanted & ~applied.result.zero for applied in applications]).any(0)
+    used = torch.stack([applied.columns_read(live) for applied in applications]).any(0)
+    return Part(tuple(applications), kept(applications[0].source.slots), wanted, used, live)
 
 
 def shrink(module: nn.Module, part: Part) -> nn.Module:
     """The layer cut to size: the module, changed in place, or a `Selected` around it."""
     rows, columns = min(_options(part), key=lambda option: _option_cost(part, *option))
-    narrow(module, rows, columns, part.calls[0].groups)
+    narrow(module, rows, columns, part.applications[0].groups)
     return _select(module, part, rows, columns)
 
 
@@ -61,12 +62,12 @@ def cost(part: Part) -> float:
 
 def _options(part: Part) -> list[tuple[Tensor, Tensor]]:
     """Rows and columns to compute, the widest first."""
-    groups = part.calls[0].groups
+    groups = part.applications[0].groups
     if groups > 1:
         return _grouped_options(part, groups)
     return [
         (rows, columns)
-        for rows in (part.wanted, fill_up(part.alive, part.wanted))
+        for rows in (part.wanted, fill_up(part.live, part.wanted))
         for columns in (part.present, fill_up(part.used, part.present))
         if rows.any() and columns.any()
     ]
@@ -77,7 +78,7 @@ def _grouped_options(part: Part, groups: int) -> list[tuple[Tensor, Tensor]]:
     height, width = len(part.wanted) // groups, len(part.present) // groups
     present = part.present.reshape(groups, width).any(1)
     options = []
-    for rows in (part.wanted, part.alive):
+    for rows in (part.wanted, part.live):
         chosen = rows.reshape(groups, height).any(1) & present
         if chosen.any():
             options.append((chosen.repeat_interleave(height), chosen.repeat_interleave(width)))
@@ -86,12 +87,12 @@ def _grouped_options(part: Part, groups: int) -> list[tuple[Tensor, Tensor]]:
 
 def _option_cost(part: Part, rows: Tensor, columns: Tensor) -> float:
     """Estimated nanoseconds of a layer on these rows and columns."""
-    before = sum(call.size[0] for call in part.calls)
-    after = sum(call.size[1] for call in part.calls)
-    first, count, width = part.calls[0], int(rows.sum()), int(columns.sum())
-    kernels = count * (width if first.groups == 1 else first.alive.shape[1])
+    before = sum(applied.size[0] for applied in part.applications)
+    after = sum(applied.size[1] for applied in part.applications)
+    first, count, width = part.applications[0], int(rows.sum()), int(columns.sum())
+    kernels = count * (width if first.groups == 1 else first.nonzero.shape[1])
     total = PASS * (before * width + after * count)
-    total += MULTIPLY * kernels * sum(call.work for call in part.calls)
+    total += MULTIPLY * kernels * sum(applied.work for applied in part.applications)
     if not torch.equal(columns, part.present):
         total += CAUTION * (CALL + GATHER * before * width)
     if not torch.equal(rows, part.wanted):

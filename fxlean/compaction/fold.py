@@ -6,15 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
-import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..channels.rules.weighted import BATCH_NORMS
+from ..channels.calls import BatchNorm, Convolution, read_call
 from ..tracing.tracer import Piece, Trace
 from .walk import owners_of
 
-aten = torch.ops.aten
 # Not their subclasses, whose forward may do more.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -31,13 +29,13 @@ def fold(model: nn.Module, trace: Trace) -> bool:
     """Fold batch norms into convolutions that only they read, in place; whether there were any."""
     owners = owners_of(model, trace)
     pairs = [pair for piece in trace.pieces for pair in _pairs(piece, owners)]
-    calls = Counter(name for pair in pairs for name in pair)
+    uses = Counter(name for pair in pairs for name in pair)
     found = False
     for names in pairs:
         conv, norm = (cast(Any, model.get_submodule(name)) for name in names)
         transposed = type(conv) in TRANSPOSED and conv.groups == 1
         if (
-            all(calls[name] == 1 for name in names)
+            all(uses[name] == 1 for name in names)
             and (type(conv) in CONVOLUTIONS or transposed)
             and type(norm) in NORMS
         ):
@@ -53,10 +51,10 @@ def _pairs(piece: Piece, owners: dict[str, str]) -> Iterator[tuple[str, str]]:
     named = piece.state_nodes.items()
     layers = {node: owners.get(name, "") for node, name in named if len(node.users) == 1}
     for node in piece.graph.graph.nodes:
-        if getattr(node.target, "overloadpacket", None) in BATCH_NORMS:
-            data, mean = node.args[0], node.args[3]
-            is_convolution = getattr(data.target, "overloadpacket", None) is aten.convolution
-            if is_convolution and len(data.users) == 1:
-                names = layers.get(data.args[1], ""), layers.get(mean, "")
+        norm = read_call(node)
+        if isinstance(norm, BatchNorm) and len(norm.data.users) == 1:
+            before = read_call(norm.data)
+            if isinstance(before, Convolution):
+                names = layers.get(before.weight, ""), layers.get(norm.mean, "")
                 if all(names):
                     yield names

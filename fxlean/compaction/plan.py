@@ -12,16 +12,17 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .cut import cost, part_of
-from .slots import Call, Kept, Slots
+from .slots import Application, Slots
+from .solve import Kept, components, solve
 
-Layers = Mapping[str, Sequence[Call]]
+Layers = Mapping[str, Sequence[Application]]
 
 
 def layers_of(slots: Slots) -> Layers:
     """The applications of every layer, by its name."""
-    layers: dict[str, list[Call]] = {}
-    for call in slots.calls:
-        layers.setdefault(call.layer, []).append(call)
+    layers: dict[str, list[Application]] = {}
+    for applied in slots.applications:
+        layers.setdefault(applied.layer, []).append(applied)
     return layers
 
 
@@ -31,11 +32,11 @@ def choose_slots(slots: Slots, layers: Layers) -> Kept:
     Whether to tie a layer is judged by what it saves the layer and those neighbours that would
     have more to compute; then it is tried all together.
     """
-    loose = slots.solve()
-    selecting = [name for name, calls in layers.items() if _selects(calls, loose)]
+    loose = solve(slots)
+    selecting = [name for name, applications in layers.items() if _selects(applications, loose)]
     if not selecting:
         return loose
-    tight = slots.solve(selecting)
+    tight = solve(slots, selecting)
     before, after = _costs(layers, loose), _costs(layers, tight)
     neighbours = _neighbours(slots, layers, loose, tight)
     tied = [
@@ -43,7 +44,7 @@ def choose_slots(slots: Slots, layers: Layers) -> Kept:
         for name in selecting
         if sum(after[other] - before[other] for other in neighbours[name] | {name}) <= 0
     ]
-    mixed, dense = slots.solve(tied), slots.solve(pinned=True)
+    mixed, dense = solve(slots, tied), solve(slots, pinned=True)
     plans = {
         mixed: _costs(layers, mixed),
         loose: before,
@@ -53,23 +54,23 @@ def choose_slots(slots: Slots, layers: Layers) -> Kept:
     return min(plans, key=lambda kept: sum(plans[kept].values()))
 
 
-def _selects(calls: Sequence[Call], kept: Kept) -> bool:
+def _selects(applications: Sequence[Application], kept: Kept) -> bool:
     """Whether a layer that computes every channel from its own has to select."""
-    source, result = calls[0].source.slots, calls[0].result.slots
-    return calls[0].diagonal and not torch.equal(kept(source), kept(result))
+    source, result = applications[0].source.slots, applications[0].result.slots
+    return applications[0].diagonal and not torch.equal(kept(source), kept(result))
 
 
 def _costs(layers: Layers, kept: Kept) -> dict[str, float]:
-    return {name: cost(part_of(calls, kept)) for name, calls in layers.items()}
+    return {name: cost(part_of(applications, kept)) for name, applications in layers.items()}
 
 
 def _neighbours(slots: Slots, layers: Layers, loose: Kept, tight: Kept) -> dict[str, set[str]]:
     """For each layer those that share slots with it which only ties would keep."""
-    label = slots.components()
+    label = components(slots)
     touched: dict[str, set[int]] = {}
     owners: dict[int, set[str]] = {}
-    for name, calls in layers.items():
-        ends = torch.cat([calls[0].source.slots, calls[0].result.slots])
+    for name, applications in layers.items():
+        ends = torch.cat([applications[0].source.slots, applications[0].result.slots])
         touched[name] = set(label[ends[tight(ends) & ~loose(ends)]].tolist())
         for number in touched[name]:
             owners.setdefault(number, set()).add(name)

@@ -1,27 +1,33 @@
-"""Slots: the places along dimension 1 of every value, and which of them stand or fall together.
+"""Slots: the places along the channels of every value, and which of them stand or fall together.
 
 An addition, an activation or a pooling treats its channels one by one, so its operands and its
-result must keep the same channels: their slots share a number, or are linked. A convolution, a
-batch norm and a linear layer read some slots and write others; these calls are where a network
-can be cut to size. Whatever else reads or writes a value pins its slots: they stay.
+result must keep the same channels: their slots are one, or are linked. A convolution, a batch norm
+and a linear layer read some slots and write others; these applications are where a network can be
+cut to size. Whatever cannot do with fewer channels pins its slots: they stay.
+
+`Slots` is a `Builder`, so the rules of pruning make them: what is a channel there is a slot here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-Kept = Callable[[Tensor], Tensor]  # from slot numbers to True where they are kept
-WIDTH = 16  # channels that vector units and tensor cores take at a time
+from ..channels.calls import BatchNorm, Convolution, Linear, nonzero_kernels
+from ..channels.flow import Flow, distinct, make_flow, meet, reduce_to, scalar_gain
+from ..channels.graph import Kind
+from ..channels.weights import Weight
+from ..channels.wiring import Affine, Bias
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """The channels of one value along its dimension 1.
+    """The channels that a layer reads or writes, one by one.
 
     Attributes:
         slots: slot numbers, shape (channels,).
@@ -33,22 +39,24 @@ class Value:
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
+class Application:
     """One application of a layer that reads slots and writes others.
 
     Attributes:
+        call: of the operator.
         layer: name of the module.
         source, result: the values that it reads and writes.
-        alive: shape (rows, columns of a group), True where the weight is not zero.
+        nonzero: shape (rows, columns of a group), True where the weight is not zero.
         groups: of the layer; a batch norm has one for each channel.
-        size: elements of one channel in the source, and in the result.
-        work: multiply-accumulates of one kernel; 0 for a batch norm.
+        size: elements of one channel in the source, and in the result, for one sample.
+        work: multiply-accumulates of one kernel for one sample; 0 for a batch norm.
     """
 
+    call: Convolution | Linear | BatchNorm
     layer: str
     source: Value
     result: Value
-    alive: Tensor
+    nonzero: Tensor
     groups: int
     size: tuple[int, int]
     work: int
@@ -56,11 +64,11 @@ class Call:
     @property
     def diagonal(self) -> bool:
         """Whether every channel of the result depends on its own channel of the source alone."""
-        return self.groups == len(self.alive) == len(self.source.slots)
+        return self.groups == len(self.nonzero) == len(self.source.slots)
 
     def columns_read(self, rows: Tensor) -> Tensor:
         """The source channels that these rows (True where wanted) depend on, shape (columns,)."""
-        grouped = self.alive.reshape(self.groups, -1, self.alive.shape[1])
+        grouped = self.nonzero.reshape(self.groups, -1, self.nonzero.shape[1])
         wanted = rows.reshape(self.groups, -1, 1)
         read = (grouped & wanted).any(1).reshape(-1)
         # In groups a channel that is zero is read as well: its group may have a bias.
@@ -72,117 +80,189 @@ class Slots:
     """All slots of a model while its graphs are walked.
 
     Attributes:
-        calls: applications of layers, in order.
+        batch: number of samples in the traced values.
+        applications: of layers, in order.
         refused: layers that are used in a way that does not let them shrink.
         strangers: how many convolutions with pruned kernels belong to no layer.
+        count: of the slots; they are numbered from 0.
+        links: pairs of slots that stay or go together.
+        pinned: slots that stay.
     """
 
-    calls: list[Call] = field(default_factory=list)
+    batch: int = 1
+    applications: list[Application] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
     strangers: int = 0
-    _count: int = 0
-    _links: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _pinned: list[Tensor] = field(default_factory=list)
+    count: int = 0
+    links: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    pinned: list[Tensor] = field(default_factory=list)
+    _zero: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool))
 
-    def new(self, count: int) -> Tensor:
-        """New slots, shape (count,)."""
-        self._count += count
-        return torch.arange(self._count - count, self._count)
+    def __post_init__(self) -> None:
+        self.add_channels(Kind.DEAD, 1)
+        self.add_channels(Kind.LIVE, 1)
 
-    def fresh(self, count: int) -> Value:
-        """A value of new slots that cannot be removed."""
-        slots = self.new(count)
-        self.pin(slots)
-        return Value(slots, torch.zeros(count, dtype=torch.bool))
+    def new(self, zero: Tensor) -> Tensor:
+        """New slots, shape (count,), from whether each of them is always zero."""
+        first, self.count = self.count, self.count + len(zero)
+        while len(self._zero) < self.count:
+            self._zero = torch.cat([self._zero, torch.zeros_like(self._zero)])
+        self._zero[first : self.count] = zero
+        return torch.arange(first, self.count)
+
+    def is_zero(self, slots: Tensor) -> Tensor:
+        """Which of these slots are zero for every input."""
+        return self._zero[slots]
 
     def link(self, left: Tensor, right: Tensor) -> None:
         """Keep or remove these slots together, pair by pair."""
-        self._links.append((left, right))
+        self.links.append((left.reshape(-1), right.reshape(-1)))
 
     def link_groups(self, slots: Tensor, groups: int) -> None:
         """Keep or remove all slots of a group together."""
         members = slots.reshape(groups, -1)
-        self.link(members[:, :-1].reshape(-1), members[:, 1:].reshape(-1))
+        self.link(members[:, :-1], members[:, 1:])
 
     def pin(self, slots: Tensor) -> None:
         """Never remove these slots."""
-        self._pinned.append(slots)
+        self.pinned.append(slots.reshape(-1))
 
-    def solve(self, tied: Collection[str] = (), *, pinned: bool = False) -> Kept:
-        """Which slots must be kept.
+    def add_channels(self, kind: Kind, count: int) -> Tensor:
+        """See `Builder`: pinned, for nothing here makes them."""
+        slots = self.new(torch.full((count,), kind == Kind.DEAD))
+        self.pin(slots)
+        return slots
 
-        Args:
-            tied: diagonal layers that keep the same channels of source and result.
-            pinned: keep all slots, so that layers only change inside.
-        """
-        label = self.components(tied)
-        kept = torch.full((int(label.max()) + 1 if len(label) else 0,), pinned)
-        for slots in self._pinned:
-            kept[label[slots]] = True
-        before = -1
-        while before != int(kept.sum()):
-            before = int(kept.sum())
-            for call in reversed(self.calls):
-                rows = kept[label[call.result.slots]]
-                read = call.columns_read(rows & ~call.result.zero)
-                kept[label[call.source.slots[read]]] = True
-                present = kept[label[call.source.slots]]
-                if not (rows.any() and present.any() and (read.any() or call.groups == 1)):
-                    row, column = _at_least_one(call, rows, present)
-                    kept[label[call.result.slots[row]]] = True
-                    kept[label[call.source.slots[column]]] = True
-                elif call.groups == 1 or call.diagonal:
-                    # A diagonal layer would have to place zeros where it reads nothing.
-                    others = ~rows if call.groups == 1 else present
-                    kept[label[call.result.slots[fill_up(rows, others)]]] = True
-        return lambda slots: kept[label[slots]]
+    def add_rows(
+        self,
+        kind: Kind,
+        targets: NDArray[np.int64],
+        sources: NDArray[np.int64],
+        lengths: NDArray[np.float64],
+        count: int,
+    ) -> Tensor:
+        """See `Builder`: pinned, and so is what they depend on."""
+        self.pin(torch.from_numpy(sources))
+        return self.add_channels(Kind.LIVE, count)
 
-    def components(self, tied: Collection[str] = ()) -> Tensor:
-        """The number of the connected component of every slot, with some layers tied."""
-        nothing = torch.zeros(0, dtype=torch.int64)
-        ties = [(c.source.slots, c.result.slots) for c in self.calls if c.layer in tied]
-        links = [(nothing, nothing), *self._links, *ties]
-        left, right = (torch.cat(side).numpy() for side in zip(*links, strict=True))
-        shape = (self._count, self._count)
-        import scipy.sparse.csgraph  # here, because it takes a third of the time to import fxlean
+    def add_block(
+        self,
+        call: Convolution | Linear,
+        weight: Weight,
+        bias: Bias | None,
+        sources: Tensor,
+        gain: Tensor,
+    ) -> Tensor:
+        """See `Builder`: an application of its layer; pinned if it has none that can be cut."""
+        nonzero = nonzero_kernels(call, weight.value)
+        slots = sources.reshape(-1) if weight.columns is None else sources[0, weight.columns]
+        if weight.layer is None or (call.transposed and call.groups > 1):
+            if weight.layer is None and weight.columns is None:
+                self.strangers += not nonzero.all()
+            self.pin(slots)
+            return self.add_channels(Kind.LIVE, len(nonzero))
+        source = Value(slots, self.is_zero(slots))
+        grouped = nonzero.reshape(call.groups, -1, nonzero.shape[1])
+        zero = ~(grouped & ~source.zero.reshape(call.groups, 1, -1)).any(2).reshape(-1)
+        if bias is not None:
+            constant = bias.at_zero.ne(0).cpu()
+            zero &= ~constant
+            nonzero = nonzero if call.groups == 1 else nonzero | constant[:, None]
+        result = Value(self.new(zero), zero)
+        if call.groups > 1:
+            self.link_groups(slots, call.groups)
+            self.link_groups(result.slots, call.groups)
+        work = call.positions * weight.value.shape[2:].numel() // self.batch
+        self._apply(call, weight.layer, source, result, nonzero, call.groups, work)
+        return result.slots
 
-        matrix = scipy.sparse.coo_array((np.ones(len(left)), (left, right)), shape=shape)
-        _, component = scipy.sparse.csgraph.connected_components(matrix, directed=False)
-        return torch.from_numpy(component.astype(np.int64))
+    def affine(self, call: BatchNorm, flow: Flow, affine: Affine) -> Flow:
+        """See `Builder`: an application of its layer, of which a channel may be zero for good."""
+        slots = flow.ids.reshape(-1).expand(flow.shape[1])
+        if affine.layer is None or not call.by_statistics:
+            self.pin(slots)
+            result = self.add_channels(Kind.LIVE, len(slots))
+        else:
+            source = Value(slots, self.is_zero(slots))
+            shifted = affine.bias.at_zero.reshape(-1) != 0
+            nonzero = (affine.scale.reshape(-1) != 0) | shifted
+            zero = ~nonzero | (source.zero & ~shifted)
+            result = self.new(zero)
+            value = Value(result, zero)
+            self._apply(call, affine.layer, source, value, nonzero[:, None], len(slots), 0)
+        ids = result.reshape(1, -1, *[1] * (len(flow.shape) - 2))
+        return make_flow(ids, scalar_gain(len(flow.shape)), flow.shape)
 
+    def _apply(
+        self,
+        call: Convolution | Linear | BatchNorm,
+        layer: str,
+        source: Value,
+        result: Value,
+        nonzero: Tensor,
+        groups: int,
+        work: int,
+    ) -> None:
+        read, written = call.data.meta["val"], call.node.meta["val"]
+        written = written[0] if isinstance(written, tuple | list) else written
+        size = (
+            read.numel() // len(source.slots) // self.batch,
+            written.numel() // len(result.slots) // self.batch,
+        )
+        application = Application(call, layer, source, result, nonzero, groups, size, work)
+        self.applications.append(application)
 
-def fill_up(chosen: Tensor, among: Tensor) -> Tensor:
-    """The chosen channels, and more of those given where fewer would not be faster.
+    def shift(self, flow: Flow, bias: Bias) -> Flow:
+        """See `Builder`: what is not zero at zero is linked to what it is made of."""
+        shifted = reduce_to((bias.at_zero != 0).cpu(), flow.ids, torch.any)
+        if not shifted.any():
+            return flow
+        return self.derive(Kind.LIVE, flow, shifted)
 
-    All of them, if less than a tenth of the channels would go: a small layer can become slower
-    by that. Else a few, where it makes a multiple of `WIDTH`: a convolution of 255 channels takes
-    longer than one of 256, up to twice as long if depthwise.
-    """
-    count, others = int(chosen.sum()), among & ~chosen
-    if 9 * int(others.sum()) < count:
-        return chosen | others
-    missing = -count % WIDTH
-    if 3 * missing > count:
-        return chosen
-    return chosen | (others & (others.cumsum(0) <= missing))
+    def derive(self, kind: Kind, flow: Flow, where: Tensor | None = None) -> Flow:
+        """See `Builder`: linked to what they are made of."""
+        where = torch.ones_like(flow.ids, dtype=torch.bool) if where is None else where
+        ids, where = torch.broadcast_tensors(flow.ids, where)
+        old, target = distinct(ids[where])
+        new = self.new(self.is_zero(old) & (kind != Kind.LIVE))
+        self.link(old, new)
+        result = ids.clone()
+        result[where] = new[target]
+        return make_flow(result, scalar_gain(len(flow.shape)), flow.shape)
 
+    def join(self, kind: Kind, flows: Sequence[Flow], shape: Sequence[int]) -> Flow:
+        """See `Builder`: linked to what meets, but what is broadcast is pinned."""
+        key, ids, _ = meet(flows, shape)
+        place = torch.zeros(int(key.max()) + 1, dtype=torch.int64)
+        place[key.reshape(-1)] = torch.arange(key.numel())
+        zeros = torch.stack([self.is_zero(slots.reshape(-1)[place]) for slots in ids])
+        zero = zeros.any(0) if kind == Kind.PRODUCT else zeros.all(0)
+        new = self.new(zero & (kind != Kind.LIVE))
+        result = make_flow(new[key], scalar_gain(len(shape)), shape)
+        varying = [dim for dim in range(len(shape)) if result.varies(dim)]
+        for flow, slots in zip(flows, ids, strict=True):
+            sizes = (1,) * (len(shape) - len(flow.shape)) + flow.shape
+            if any(sizes[dim] < shape[dim] for dim in varying):
+                self.pin(slots)
+            else:
+                self.link(new[key], slots)
+        return result
 
-def _at_least_one(call: Call, rows: Tensor, present: Tensor) -> tuple[int, int]:
-    """A row of a dead layer and a column of its group, those that are there anyway if possible.
+    def merge(self, flow: Flow, dims: Sequence[int]) -> Flow:
+        """See `Builder`: pinned where they differ."""
+        if flow.varies_only(dims):
+            return flow
+        self.pin(flow.ids)
+        rank = len(flow.shape)
+        kept = [n if dim in [d % rank for d in dims] else 1 for dim, n in enumerate(flow.ids.shape)]
+        slots = self.add_channels(Kind.LIVE, int(np.prod(kept))).reshape(kept)
+        return make_flow(slots, scalar_gain(rank), flow.shape)
 
-    There are no layers without channels, so a dead one keeps a row and a column of zeros.
-    """
-    height, width = len(rows) // call.groups, call.alive.shape[1]
-    both = rows.reshape(-1, height).any(1) & present.reshape(-1, width).any(1)
-    group = int((both if both.any() else rows.reshape(-1, height).any(1)).long().argmax())
-    row = int(rows[group * height :][:height].long().argmax())
-    column = int(present[group * width :][:width].long().argmax())
-    return group * height + row, group * width + column
+    def hub(self, channels: Tensor) -> Tensor:
+        """See `Builder`: pinned, and so is what it depends on."""
+        self.pin(channels)
+        return self.add_channels(Kind.LIVE, 1)
 
-
-def joined(slots: Slots, values: Sequence[Value], zero: Tensor) -> Value:
-    """The result of an operator on values that meet channel by channel."""
-    first = values[0]
-    for value in values[1:]:
-        slots.link(first.slots, value.slots)
-    return Value(first.slots, zero)
+    def opaque(self, operator: str, channels: Tensor) -> Tensor:
+        """See `Builder`: a hub like others."""
+        return self.hub(channels)

@@ -1,26 +1,24 @@
-"""From the traced graphs of a model to its slots: one walk, one rule an operator."""
+"""From the traced graphs of a model to its slots: the walk of pruning, on slots."""
 
 from __future__ import annotations
-
-import operator
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..channels.rules.movements import moves
+from ..channels.walk import source, walk
 from ..channels.weights import Constants
 from ..tracing.sandbox import on_cpu
 from ..tracing.tracer import Trace
-from .rules import Step, barrier, fresh, pin, rule_of
-from .slots import Call, Slots
+from .rules import apply_rule
+from .slots import Application, Slots
 
 LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
 
 
 @torch.no_grad()
 @on_cpu()
-def walk(model: nn.Module, trace: Trace, *, reshape: bool) -> Slots:
+def slots_of(model: nn.Module, trace: Trace, *, reshape: bool) -> Slots:
     """The slots of a model.
 
     Args:
@@ -30,22 +28,21 @@ def walk(model: nn.Module, trace: Trace, *, reshape: bool) -> Slots:
             they do unless the code has sizes written into it.
     """
     slots = Slots()
-    layers = owners_of(model, trace)
+    owners = owners_of(model, trace)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for piece in trace.pieces:
-        names = piece.state_nodes
-        constants = Constants(
-            piece.graph, {node: (name, tensors[name]) for node, name in names.items()}, moves
+        slots.batch = max(1, piece.batch)
+        state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
+        constants = Constants(piece.graph, state, moves, owners)
+        sources = [source(slots, tuple(node.meta["val"].shape)) for node in piece.input_nodes]
+        env = walk(
+            piece, slots, constants, sources, lambda site: apply_rule(site, slots, reshape=reshape)
         )
-        env: dict[fx.Node, Any] = {
-            node: fresh(slots, tuple(node.meta["val"].shape)) for node in piece.input_nodes
-        }
-        for node in piece.graph.graph.nodes:
-            step = Step(node, env, slots, constants, layers, names, reshape)
-            if node.op == "output":
-                pin(step)
-            elif node.op == "call_function" and any(arg in env for arg in node.all_input_nodes):
-                env[node] = _result(step)
+        for node in piece.output_nodes:
+            if node in env:
+                slots.pin(env[node].ids)
+            elif isinstance(node, fx.Node):
+                slots.refused |= constants.layers(node)
     _refuse(slots)
     return slots
 
@@ -68,26 +65,14 @@ def owners_of(model: nn.Module, trace: Trace) -> dict[str, str]:
 
 
 def _refuse(slots: Slots) -> None:
-    """Pin what refused layers read and write, and drop their calls."""
-    for call in slots.calls:
-        if call.layer in slots.refused:
-            slots.pin(call.source.slots)
-            slots.pin(call.result.slots)
-    slots.calls = [call for call in slots.calls if call.layer not in slots.refused]
-    first: dict[str, Call] = {}
-    for call in slots.calls:
-        known = first.setdefault(call.layer, call)
-        slots.link(known.source.slots, call.source.slots)
-        slots.link(known.result.slots, call.result.slots)
-
-
-def _result(step: Step) -> Any:
-    """The value of a node, or a tuple of values."""
-    if step.node.target is operator.getitem:
-        source, number = step.node.args
-        several: Any = step.env[source]
-        return several[number] if isinstance(several, tuple) else several
-    if not step.values():
-        return barrier(step)
-    result = rule_of(step)(step)
-    return barrier(step) if result is None else result
+    """Pin what refused layers read and write, and drop their applications."""
+    for applied in slots.applications:
+        if applied.layer in slots.refused:
+            slots.pin(applied.source.slots)
+            slots.pin(applied.result.slots)
+    slots.applications = [a for a in slots.applications if a.layer not in slots.refused]
+    first: dict[str, Application] = {}
+    for applied in slots.applications:
+        known = first.setdefault(applied.layer, applied)
+        slots.link(known.source.slots, applied.source.slots)
+        slots.link(known.result.slots, applied.result.slots)

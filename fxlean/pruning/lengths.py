@@ -11,45 +11,43 @@ from torch import Tensor
 
 from ..channels.graph import ChannelGraph
 from ..channels.weights import Weight
-from ..channels.wiring import Block, Wiring
+from ..channels.wiring import Block
 from ..errors import ArgumentError
 from ..norms.operator import operator_norms
 from ..tracing.sandbox import on_cpu
-from .prunable import layer_name
+from .prunable import Network
 
 
 @on_cpu()
-def fill_lengths(
-    graph: ChannelGraph,
-    wiring: Wiring,
+def with_norms(
+    network: Network,
     norm: str = "spectral",
     *,
-    fold: bool = True,
+    gains: bool = True,
     advance: Callable[[int], object] = lambda kernels: None,
 ) -> ChannelGraph:
     """The graph with the length of every kernel and of every linear edge.
 
     Args:
-        graph: the wiring, finished.
-        wiring: where it came from.
+        network: whose graph it is.
         norm: order of the operator norm, see `operator_norms`.
-        fold: whether gains and batch norms multiply the norms.
+        gains: whether gains, those of batch norms among them, multiply the norms.
         advance: called with the number of kernels after each weight.
 
     Raises:
         ArgumentError: weights or batch norms hold NaN or infinity; names the layers.
     """
-    lengths = graph.lengths.copy()
+    lengths = network.graph.lengths.copy()
     done: dict[tuple[object, ...], NDArray[np.float32]] = {}
     broken: list[str] = []
-    for block in wiring.blocks:
+    for block in network.blocks:
         weight = block.weight
         key = (weight.value.data_ptr(), weight.value.stride(), *_geometry(weight))
         if key not in done:
             done = {key: kernel_norms(weight, norm).float().cpu().numpy()}
-        values = done[key] if not fold else _scaled(done[key], block)
+        values = _scaled(done[key], block) if gains else done[key]
         if not np.isfinite(values.sum(dtype=np.float64)):
-            broken.append(layer_name(weight))
+            broken.append(weight.layer_name)
         lengths[block.start : block.start + values.size] = values.reshape(-1)
         advance(values.size)
     if broken:
@@ -57,7 +55,7 @@ def fill_lengths(
             f"weights, or the batch norm behind them, hold NaN or infinity in: "
             f"{', '.join(dict.fromkeys(broken))}. Repair or reload these layers before pruning."
         )
-    return graph.with_lengths(lengths)
+    return network.graph.with_lengths(lengths)
 
 
 def kernel_norms(weight: Weight, norm: str) -> Tensor:

@@ -13,17 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from ..channels.weights import Weight
-from ..channels.wiring import Wiring
 from ..nn import RefreshMasks
 from ..tracing.sandbox import on_cpu, untouched
-from .prunable import Prunable
+from .prunable import Network
 
 
 @on_cpu()
 def parameter_masks(
     model: nn.Module,
-    prunable: Prunable,
-    wiring: Wiring,
+    network: Network,
     keep: NDArray[np.bool_],
     zero: NDArray[np.bool_],
 ) -> dict[str, Tensor]:
@@ -31,8 +29,7 @@ def parameter_masks(
 
     Args:
         model: whose parameters they are.
-        prunable: its prunable weights.
-        wiring: where the constants of each channel are known.
+        network: what pruning knows of it.
         keep: shape (kernels,), True for kernels that survive.
         zero: shape (channels,), True for channels whose biases and batch norms are dropped.
     """
@@ -44,7 +41,7 @@ def parameter_masks(
             masks[name] = torch.ones(parameters[name].shape, dtype=torch.bool)
         return masks[name]
 
-    for layer, weight in zip(prunable.graph.layers, prunable.weights, strict=True):
+    for layer, weight in zip(network.graph.layers, network.weights, strict=True):
         kept = torch.from_numpy(keep[layer.kernels].reshape(layer.rows, layer.columns))
         if not kept.all():
             assert weight.origin is not None
@@ -53,7 +50,7 @@ def parameter_masks(
             if weight.scale is not None:
                 _mask_scales(mask, mask_of(weight.scale.parameter), weight)
     dead = torch.from_numpy(zero)
-    for name, index, ids in wiring.constants:
+    for name, index, ids in network.biases:
         dropped = index[dead[ids]]
         if len(dropped):
             mask_of(name).view(-1)[dropped] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..channels.graph import ChannelGraph, Layer
 from ..channels.walk import Wired
 from ..channels.weights import Weight
-from ..channels.wiring import Wiring
+from ..channels.wiring import Block, Wiring
 from ..tracing.arguments import public_name
 
 COMPUTED = "its weight is a buffer, or computed so that zeroing a parameter zeroes no kernel"
@@ -25,18 +25,24 @@ UNREACHED = "not reached by the forward pass in eval mode"
 
 
 @dataclass(frozen=True, eq=False)
-class Prunable:
-    """The graph of a model with its prunable kernels.
+class Network:
+    """What pruning knows of a model: its graph, and what in the model the graph stands for.
 
     Attributes:
-        graph: the wiring; lengths of weights are still zero.
+        graph: channels and edges; lengths of weights are still zero.
         weights: the weight of each of `graph.layers`.
-        skipped: layers that are left alone, and why.
+        blocks: every application of a weight, prunable or not.
+        biases: (parameter, flat index, channel), see `Wiring`.
+        opaque_ops: operators without a rule, with how often they occurred.
+        skipped: layers and parts that are left alone, and why.
     """
 
     graph: ChannelGraph
     weights: tuple[Weight, ...]
-    skipped: dict[str, str]
+    blocks: Sequence[Block]
+    biases: Sequence[tuple[str, Tensor, Tensor]]
+    opaque_ops: Mapping[str, int]
+    skipped: Mapping[str, str]
 
 
 def find_prunable(
@@ -46,7 +52,7 @@ def find_prunable(
     *,
     prune_outputs: bool,
     include_linear: bool,
-) -> Prunable:
+) -> Network:
     """Number the kernels of every weight that may be pruned.
 
     Args:
@@ -59,7 +65,7 @@ def find_prunable(
     wiring = wired.wiring
     protected = frozenset() if prune_outputs else _output_blocks(wiring, wired.results)
     numbers: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
-    skipped = dict(wiring.skipped)
+    skipped = dict(wired.left_out)
     for number, block in enumerate(wiring.blocks):
         if block.weight.columns is None or include_linear:
             numbers[_identity(number, block.weight)].append(number)
@@ -69,7 +75,7 @@ def find_prunable(
     for group in numbers.values():
         block = wiring.blocks[group[0]]
         weight = block.weight
-        name = layer_name(weight)
+        name = weight.layer_name
         reason = _reason(weight, ignored, conflicts, not protected.isdisjoint(group))
         if reason is not None:
             skipped[name] = reason
@@ -81,16 +87,7 @@ def find_prunable(
         pruned.append(_pruned_before(model, weight, layer))
     skipped |= _unreached(model, wired.used)
     graph = wiring.finish(wired.outputs, prunable, torch.cat([torch.zeros(0).bool(), *pruned]))
-    return Prunable(graph, tuple(weights), skipped)
-
-
-def layer_name(weight: Weight) -> str:
-    """The layer's name: its module's, or the parameter's where a module has several."""
-    name = weight.origin.parameter if weight.origin else weight.name
-    parts = name.removesuffix("_orig").split(".")
-    if "parametrizations" in parts:
-        parts = [*parts[: parts.index("parametrizations")], "weight"]
-    return ".".join(parts[:-1] if parts[-1] in ("weight", "weight_v") and parts[1:] else parts)
+    return Network(graph, tuple(weights), wiring.blocks, wiring.biases, wiring.opaque_ops, skipped)
 
 
 def _identity(number: int, weight: Weight) -> tuple[Any, ...]:

@@ -15,17 +15,17 @@ import torch
 from torch import nn
 
 from ..channels.graph import ChannelGraph
-from ..channels.walk import Wired, wire
+from ..channels.walk import wire
 from ..errors import ArgumentError, PruneWarning
 from ..norms.operator import ORDERS
 from ..selection.methods import METHODS
 from ..tracing.arguments import check_model, resolve_ignored, unwrapped
 from ..tracing.sandbox import on_cpu
 from ..tracing.tracer import Trace, trace_model
-from .lengths import fill_lengths
+from .lengths import with_norms
 from .masks import apply_masks, parameter_masks
 from .progress import Stages
-from .prunable import Prunable, find_prunable
+from .prunable import Network, find_prunable
 from .result import LayerCount, PruneResult, by_reason, times
 
 
@@ -87,19 +87,18 @@ def prune(
     with _paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
         stages.start("trace")
         trace = trace_model(model, example_inputs)
-        wired, prunable = _wired(model, trace, ignore, prune_outputs, include_linear)
+        network = _network(model, trace, ignore, prune_outputs, include_linear)
         stages.start("norms")
-        order = chosen.norm or norm
-        graph = fill_lengths(prunable.graph, wired.wiring, order, fold=chosen.fold)
+        graph = with_norms(network, chosen.norm or norm, gains=chosen.gains)
         stages.start("select")
         keep, chains = chosen.select(graph, int(ratio * graph.num_kernels), _generator(method))
-        graph = prunable.graph  # the same without lengths, which are as large as the model
+        graph = network.graph  # the same without lengths, which are as large as the model
         selected = int(keep.sum())
         if redundancy:
             keep = used_kernels(graph, keep)
         zero = zero_channels(graph, keep, redundancy=redundancy)
         stages.start("masks")
-        masks = parameter_masks(model, prunable, wired.wiring, keep, zero)
+        masks = parameter_masks(model, network, keep, zero)
         apply_masks(model, masks, trace.called)
     result = PruneResult(
         method=method,
@@ -111,8 +110,8 @@ def prune(
             LayerCount(layer.name, int(keep[layer.kernels].sum()), layer.rows * layer.columns)
             for layer in graph.layers
         ),
-        opaque_ops=wired.wiring.opaque_ops,
-        skipped=prunable.skipped,
+        opaque_ops=network.opaque_ops,
+        skipped=network.skipped,
         timings=stages.seconds,
     )
     _warn(result)
@@ -166,8 +165,7 @@ def trace(
     model = unwrapped(model)
     with _paused_collection():
         traced = trace_model(model, example_inputs)
-        wired, prunable = _wired(model, traced, ignore, prune_outputs, include_linear)
-        return fill_lengths(prunable.graph, wired.wiring, norm)
+        return with_norms(_network(model, traced, ignore, prune_outputs, include_linear), norm)
 
 
 def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
@@ -186,24 +184,27 @@ def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
 
 
 @on_cpu()
-def _wired(
+def _network(
     model: nn.Module, trace: Trace, ignore: Any, prune_outputs: bool, include_linear: bool
-) -> tuple[Wired, Prunable]:
-    """The wiring of a traced model, and which of its kernels can be pruned."""
+) -> Network:
+    """What there is to prune in a traced model."""
     ignored = resolve_ignored(model, ignore)
     with torch.no_grad():
-        wired = wire(model, trace)
-        prunable = find_prunable(
-            model, wired, ignored, prune_outputs=prune_outputs, include_linear=include_linear
+        network = find_prunable(
+            model,
+            wire(model, trace),
+            ignored,
+            prune_outputs=prune_outputs,
+            include_linear=include_linear,
         )
-    if prunable.graph.num_kernels == 0:
-        reasons = "; ".join(by_reason(prunable.skipped))
+    if network.graph.num_kernels == 0:
+        reasons = "; ".join(by_reason(network.skipped))
         raise ArgumentError(
             f"{type(model).__name__} has no convolution to prune ({reasons or 'none was found'}). "
             "Pass prune_outputs=True to prune the layers that make the output, or "
             "include_linear=True to prune linear layers."
         )
-    return wired, prunable
+    return network
 
 
 @contextmanager

@@ -28,13 +28,13 @@ class Method:
             kernels are kept: at least `budget` of them, or all if there are fewer.
         description: one line for the documentation.
         norm: the kernel norm that belongs to the method; None for whichever the user asked for.
-        fold: whether batch norms and gains multiply the lengths.
+        gains: whether gains, those of batch norms among them, multiply the lengths.
     """
 
     select: Select
     description: str
     norm: str | None = None
-    fold: bool = True
+    gains: bool = True
 
 
 def _lean(
@@ -83,9 +83,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "path": Method(_path, "longest chains from the model's inputs to its outputs"),
         "spectral": Method(_largest, "kernels with the largest norm", norm="spectral"),
         "l1": Method(
-            _largest, "kernels with the largest sum of absolute weights", norm="l1", fold=False
+            _largest, "kernels with the largest sum of absolute weights", norm="l1", gains=False
         ),
         # Reads no lengths: those of l1 cost the least.
-        "random": Method(_random, "kernels drawn at random, as a baseline", norm="l1", fold=False),
+        "random": Method(_random, "kernels drawn at random, as a baseline", norm="l1", gains=False),
     }
 )

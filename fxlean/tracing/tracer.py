@@ -49,6 +49,19 @@ class Piece:
         return self._placeholders[len(self.state) :]
 
     @property
+    def output_nodes(self) -> list[torch.fx.Node]:
+        """The nodes whose values the graph returns."""
+        (node,) = self.graph.graph.find_nodes(op="output")
+        returned: Any = node.args[0]
+        return list(returned)
+
+    @property
+    def batch(self) -> int:
+        """Number of samples: the leading size of the first input that has dimensions."""
+        shapes = [node.meta["val"].shape for node in self.input_nodes]
+        return next((int(shape[0]) for shape in shapes if shape), 1)
+
+    @property
     def _placeholders(self) -> list[torch.fx.Node]:
         return [node for node in self.graph.graph.nodes if node.op == "placeholder"]
 

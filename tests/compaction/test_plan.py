@@ -13,13 +13,13 @@ import fxlean
 from fxlean.compaction.attempts import remove_masks
 from fxlean.compaction.cut import cost, part_of
 from fxlean.compaction.plan import choose_slots, layers_of
-from fxlean.compaction.slots import WIDTH, fill_up
-from fxlean.compaction.walk import walk
+from fxlean.compaction.solve import WIDTH, fill_up, solve
+from fxlean.compaction.walk import slots_of
 from fxlean.nn import Selected
 from fxlean.tracing.tracer import trace_model
 from tests.support.blocks import conv_bn, conv_bn_relu, residual
 
-pytestmark = pytest.mark.filterwarnings("ignore::fxlean.pruning.PruneWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::fxlean.PruneWarning")
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=120))
@@ -42,13 +42,13 @@ def planned(model, x):
     """Estimated nanoseconds of the plan, and of every choice of layers to tie."""
     remove_masks(model)
     with torch.no_grad():
-        slots = walk(model, trace_model(model, x), reshape=True)
+        slots = slots_of(model, trace_model(model, x), reshape=True)
     layers = layers_of(slots)
 
     def estimate(kept):
         return sum(cost(part_of(calls, kept)) for calls in layers.values())
 
-    loose = slots.solve()
+    loose = solve(slots)
     selecting = [
         name
         for name, calls in layers.items()
@@ -58,7 +58,7 @@ def planned(model, x):
     subsets = itertools.chain.from_iterable(
         itertools.combinations(selecting, count) for count in range(len(selecting) + 1)
     )
-    return estimate(choose_slots(slots, layers)), [estimate(slots.solve(tied)) for tied in subsets]
+    return estimate(choose_slots(slots, layers)), [estimate(solve(slots, tied)) for tied in subsets]
 
 
 def two_blocks():
@@ -92,8 +92,8 @@ def test_a_selection_is_filled_up_only_with_channels_that_are_there(method, rati
     fxlean.prune(model, ratio, x, method=method)
     remove_masks(model)
     with torch.no_grad():
-        slots = walk(model, trace_model(model, x), reshape=True)
-    kept = slots.solve()
+        slots = slots_of(model, trace_model(model, x), reshape=True)
+    kept = solve(slots)
     for name, calls in layers_of(slots).items():
         if name.endswith("norm1"):
             assert not (kept(calls[0].result.slots) & ~kept(calls[0].source.slots)).any()

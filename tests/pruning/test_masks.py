@@ -34,7 +34,7 @@ def effective_kernels(model, inputs):
     """Every prunable kernel as the model uses it, and whether it is alive."""
     model(*inputs)
     reading = read(model, inputs)
-    for layer, weight in zip(reading.graph.layers, reading.prunable.weights, strict=True):
+    for layer, weight in zip(reading.graph.layers, reading.network.weights, strict=True):
         alive = reading.graph.alive[layer.kernels].reshape(layer.rows, layer.columns)
         yield weight.kernels(weight.value.detach()), torch.from_numpy(alive)
 
@@ -95,7 +95,7 @@ def test_masks_of_modules_that_are_never_called(build):
         train(model, (IMAGE,), 1)
         reading = read(model, (IMAGE,), prune_outputs=False)
         assert int(reading.graph.alive.sum()) <= result.kept
-        for layer, weight in zip(reading.graph.layers, reading.prunable.weights, strict=True):
+        for layer, weight in zip(reading.graph.layers, reading.network.weights, strict=True):
             alive = reading.graph.alive[layer.kernels].reshape(layer.rows, layer.columns)
             assert not weight.kernels(weight.value.detach())[~torch.from_numpy(alive)].any()
 

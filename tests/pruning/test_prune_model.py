@@ -230,7 +230,7 @@ def test_masks_survive_training(name):
     reading = read(model, inputs, prune_outputs=False)
     observe(model, inputs)
     assert not reading.graph.alive.all()
-    for layer, weight in zip(reading.graph.layers, reading.prunable.weights, strict=True):
+    for layer, weight in zip(reading.graph.layers, reading.network.weights, strict=True):
         alive = reading.graph.alive[layer.kernels].reshape(layer.rows, layer.columns)
         kernels = weight.kernels(weight.value.detach())
         assert not kernels[~torch.from_numpy(alive)].any()

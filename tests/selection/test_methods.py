@@ -60,7 +60,7 @@ def test_there_are_the_methods_of_the_documentation():
         "l1": "l1",
         "random": "l1",
     }
-    assert [name for name, method in METHODS.items() if not method.fold] == ["l1", "random"]
+    assert [name for name, method in METHODS.items() if not method.gains] == ["l1", "random"]
 
 
 def test_the_table_cannot_be_changed():

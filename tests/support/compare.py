@@ -5,7 +5,7 @@ import io
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fxlean.compaction.attempts import relative_error
+from fxlean.compaction.verify import relative_error
 
 
 def parameters(model):

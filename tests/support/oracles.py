@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxlean.channels.graph import ChannelGraph
 from fxlean.channels.walk import Wired, wire
-from fxlean.pruning.prunable import Prunable, find_prunable
+from fxlean.pruning.prunable import Network, find_prunable
 from fxlean.tracing.tracer import trace_model
 
 LEAKY = {
@@ -55,7 +55,7 @@ class Reading:
 
     graph: ChannelGraph
     wired: Wired
-    prunable: Prunable
+    network: Network
     channels: list[Tensor]
 
 
@@ -63,8 +63,8 @@ def read(model: nn.Module, inputs: tuple[Tensor, ...], **options) -> Reading:
     """The automatic graph, with the channels of every convolution's input and of the outputs."""
     options = {"prune_outputs": True, "include_linear": False, **options}
     wired = wire(model, trace_model(model, inputs))
-    prunable = find_prunable(model, wired, frozenset(), **options)
-    graph = prunable.graph
+    network = find_prunable(model, wired, frozenset(), **options)
+    graph = network.graph
     channels = []
     for block in wired.wiring.blocks:
         if block.weight.columns is None:
@@ -72,7 +72,7 @@ def read(model: nn.Module, inputs: tuple[Tensor, ...], **options) -> Reading:
             starts = np.unique(graph.source_start[rows])
             sources = [graph.sources[start : start + block.columns] for start in starts]
             channels.append(torch.from_numpy(np.concatenate(sources).astype(np.int64)))
-    return Reading(graph, wired, prunable, channels)
+    return Reading(graph, wired, network, channels)
 
 
 def reach(graph: ChannelGraph) -> Tensor:
@@ -92,7 +92,7 @@ def reach(graph: ChannelGraph) -> Tensor:
 def changed_kernel(reading: Reading, model: nn.Module, kernel: int) -> Iterator[None]:
     """The model with one kernel doubled (or made, where it is zero)."""
     number = int(np.searchsorted([layer.start for layer in reading.graph.layers], kernel, "right"))
-    layer, weight = reading.graph.layers[number - 1], reading.prunable.weights[number - 1]
+    layer, weight = reading.graph.layers[number - 1], reading.network.weights[number - 1]
     row, column = divmod(kernel - layer.start, layer.columns)
     assert weight.origin is not None
     parameter = dict(model.named_parameters())[weight.origin.parameter]

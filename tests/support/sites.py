@@ -14,7 +14,7 @@ from fxlean.channels.graph import Kind
 from fxlean.channels.rules.movements import moves
 from fxlean.channels.site import Site
 from fxlean.channels.weights import Constants
-from fxlean.channels.wiring import Wiring
+from fxlean.channels.wiring import Builder, Wiring
 
 CHANNELS = 5
 
@@ -40,6 +40,23 @@ def place(operator, args, generator: torch.Generator, **kwargs) -> Site:
     """
     wiring = Wiring()
     first = wiring.add_channels(Kind.LIVE, CHANNELS)
+
+    def flow_of(value: Tensor) -> Flow:
+        return random_flow(first, tuple(value.shape), generator)
+
+    return site_of(operator, args, generator, wiring, flow_of, **kwargs)
+
+
+def site_of(
+    operator,
+    args,
+    generator: torch.Generator,
+    wiring: Builder,
+    flow_of: Callable[[Tensor], Flow],
+    owner: str | None = None,
+    **kwargs,
+) -> Site:
+    """The operator called on flows that `flow_of` gives for values; an owner has all parameters."""
     graph, env, state = fx.Graph(), {}, {}
 
     def stand_in(leaf):
@@ -48,7 +65,7 @@ def place(operator, args, generator: torch.Generator, **kwargs) -> Site:
         node = graph.placeholder(f"p{len(graph.nodes)}")
         if isinstance(leaf, Data):
             node.meta["val"] = leaf.draw(leaf.shape, generator=generator)
-            env[node] = random_flow(first, leaf.shape, generator)
+            env[node] = flow_of(node.meta["val"])
         else:
             node.meta["val"] = leaf
             state[node] = (node.name, leaf)
@@ -60,7 +77,8 @@ def place(operator, args, generator: torch.Generator, **kwargs) -> Site:
     )
     for number in range(len(node.meta["val"]) if isinstance(node.meta["val"], tuple) else 0):
         graph.call_function(getitem, (node, number))
-    constants = Constants(fx.GraphModule({}, graph), state, moves)
+    owners = {} if owner is None else {name: owner for name, _ in state.values()}
+    constants = Constants(fx.GraphModule({}, graph), state, moves, owners)
     return Site(node, wiring, constants, env)
 
 

@@ -12,24 +12,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from ..calls import operator_of, run
 from ..flow import Flow, make_flow, move, reshape
 from ..site import Site, constant_flow
-from ..wiring import CONSTANT, ZERO
+from ..wiring import CONSTANT, ZERO, Bias
 
 aten = torch.ops.aten
 
-SAME = frozenset(
+ALIASES = frozenset(
     {
         aten.alias,
         aten.clone,
         aten.contiguous,
         aten.detach,
-        aten.expand,
-        aten._to_copy,
         aten.lift_fresh,
         aten.lift_fresh_copy,
     }
 )
+SAME = ALIASES | {aten.expand, aten._to_copy}
 RESHAPED = frozenset({aten.view, aten._unsafe_view, aten.reshape, aten.squeeze, aten.flatten})
 DIMENSIONS = frozenset(
     {aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.movedim, aten.stack}
@@ -71,7 +71,7 @@ MOVEMENTS = SAME | RESHAPED | DIMENSIONS | ALONG | INDEXED | WHOLE
 
 def moves(target: Any) -> bool:
     """Whether an operator only moves data."""
-    return getattr(target, "overloadpacket", target) in MOVEMENTS
+    return operator_of(target) in MOVEMENTS
 
 
 def same(site: Site) -> Flow:
@@ -113,7 +113,7 @@ def _move(site: Site, dims: Sequence[int] | None) -> Any:
     nodes = [node for node in site.node.all_input_nodes if _carries(site, node)]
     flows = [site.flow(node) for node in nodes]
 
-    def run(tensors: Sequence[Tensor]) -> Any:
+    def apply(tensors: Sequence[Tensor]) -> Any:
         given = dict(zip(nodes, tensors, strict=True))
 
         def lookup(node: fx.Node) -> Any:
@@ -122,16 +122,14 @@ def _move(site: Site, dims: Sequence[int] | None) -> Any:
             value = site.value(node)
             return value.cpu() if isinstance(value, Tensor) else value
 
-        args = fx.map_arg(site.node.args, lookup)
-        kwargs = fx.map_arg(site.node.kwargs, lookup)
-        return site.node.target(*args, **kwargs)  # type: ignore[operator]
+        return run(site.node, lookup)
 
     def part(number: int) -> Callable[[Sequence[Tensor]], Tensor]:
-        return lambda tensors: cast("Tensor", run(tensors)[number])
+        return lambda tensors: cast("Tensor", apply(tensors)[number])
 
     value = site.node.meta["val"]
     if isinstance(value, Tensor):
-        return move(flows, run, site.shape, dims)
+        return move(flows, apply, site.shape, dims)
     parts = enumerate(value)
     return tuple(move(flows, part(number), item.shape, dims) for number, item in parts)
 
@@ -168,7 +166,8 @@ def pad(site: Site) -> Flow:
         ids = aten.constant_pad_nd(ids, width, border)
         gain = aten.constant_pad_nd(gain, width, 1.0)
     padded = make_flow(ids, gain, site.shape)
-    return site.shift(padded, torch.full(padded.ids.shape, fill if outside else 0.0), None)
+    at_zero = torch.full(padded.ids.shape, fill if outside else 0.0)
+    return site.wiring.shift(padded, Bias(at_zero))
 
 
 def copy(site: Site) -> Flow:
@@ -198,3 +197,29 @@ def filled(site: Site) -> Flow:
 def unknown(site: Site) -> Flow:
     """A new constant of unknown value: memory that is not set yet, or random numbers."""
     return constant_flow(torch.ones(site.shape))
+
+
+def unchanged(site: Site) -> bool:
+    """Whether the result has the shape of the value."""
+    return site.flow().shape == site.shape
+
+
+def elsewhere(site: Site) -> bool:
+    """Whether an operator cuts along dimensions where channels do not vary."""
+    dims = site.argument("dim", "dims", "dimension")
+    dims = dims if isinstance(dims, Sequence) else [dims]
+    return not any(flow.varies(dim) for flow in site.flows() for dim in dims)
+
+
+def sliced(site: Site) -> bool:
+    """Whether a slice is along such a dimension, or takes all there is."""
+    return unchanged(site) or elsewhere(site)
+
+
+def grows(site: Site) -> bool:
+    """Whether a padding leaves all positions where channels vary."""
+    flow, widths = site.flow(), site.argument("pad")
+    return not any(
+        width < 0 and flow.varies(len(flow.shape) - 1 - number // 2)
+        for number, width in enumerate(widths)
+    )

@@ -12,6 +12,7 @@ from ...norms.operator import operator_norms
 from ..flow import Flow, make_flow, reshape
 from ..graph import Kind
 from ..site import Site
+from ..wiring import Bias
 
 aten = torch.ops.aten
 
@@ -50,6 +51,10 @@ WINDOWS = {
         aten._upsample_nearest_exact3d,
     ),
 }
+AVERAGES = {1: aten.avg_pool1d, 2: aten.avg_pool2d, 3: aten.avg_pool3d}
+WINDOWED = frozenset(
+    {operator for each in WINDOWS.values() for operator in each} | {*AVERAGES.values()}
+)
 REDUCTIONS = (
     aten.all,
     aten.amax,
@@ -120,7 +125,7 @@ def reduction(site: Site) -> Any:
             gain = flow.gain.reshape([flow.gain.shape[dim] for dim in left])
             result = make_flow(ids, gain, shape)
         zero = torch.zeros if not value.any() else torch.ones
-        results.append(site.shift(result, zero((1,) * len(shape)), None))
+        results.append(site.wiring.shift(result, Bias(zero((1,) * len(shape)))))
     return _results(site, results)
 
 

@@ -8,15 +8,15 @@ and it is reported.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ...errors import ArgumentError
+from ..calls import BATCH_NORMS, as_numbers, operator_of, sample, vanishes
 from ..flow import Flow, make_flow, reduce_to, scalar_gain
 from ..graph import Kind
 from ..site import Site
@@ -43,61 +43,36 @@ def unary(site: Site) -> Flow:
     flow, (node,) = site.flow(), site.nodes()
     flow = make_flow(flow.ids, flow.gain, site.shape)
     size = site.flow().ids.shape
-    at_zero = _numbers(site.run(lambda _: torch.zeros(size)))
+    at_zero = as_numbers(site.run(lambda _: torch.zeros(size)))
     if site.packet in LINEAR:
-        slope = _numbers(site.run(lambda _: torch.ones(size))) - at_zero
+        slope = as_numbers(site.run(lambda _: torch.ones(size))) - at_zero
         slope = reduce_to(slope.abs(), flow.ids, torch.amax)
         flow = make_flow(flow.ids, flow.gain * slope, site.shape)
     constants = [arg for arg in site.node.all_input_nodes if arg is not node]
-    return site.shift(flow, at_zero, site.masks(constants, flow.ids) if constants else None)
+    return site.wiring.shift(flow, site.bias(at_zero, constants, flow.ids))
 
 
 def joined(site: Site) -> Flow:
     """A function of several flows: a sum, a product, or neither, as it treats zeros."""
-    nodes = list(dict.fromkeys(site.nodes()))
-    flows = [site.flow(node) for node in nodes]
-    at_zero = _sample(site, dict.fromkeys(nodes, 0.0)).nan_to_num(1.0)
-    factors = [_is_factor(site, node, nodes) for node in nodes]
-    if any(factors) and len(nodes) > 1:
+    node, constant = site.node, site.constants.value
+    operands = list(dict.fromkeys(site.nodes()))
+    flows = [site.flow(operand) for operand in operands]
+    factors = [vanishes(node, [operand], operands, constant) for operand in operands]
+    if any(factors) and len(operands) > 1:
         flows = [
             flow if factor else site.wiring.derive(Kind.LIVE, flow)
             for flow, factor in zip(flows, factors, strict=True)
         ]
         return site.wiring.join(Kind.PRODUCT, flows, site.shape)
+    at_zero = sample(node, dict.fromkeys(operands, 0.0), constant).nan_to_num(1.0)
     if site.packet in LINEAR:
-        slopes = [
-            (_sample(site, {**dict.fromkeys(nodes, 0.0), node: 1.0}) - at_zero).abs().max()
-            for node in nodes
-        ]
+        ones = [{**dict.fromkeys(operands, 0.0), operand: 1.0} for operand in operands]
+        slopes = [(sample(node, values, constant) - at_zero).abs().max() for values in ones]
         flows = [
             make_flow(flow.ids, flow.gain * float(slope), flow.shape)
             for flow, slope in zip(flows, slopes, strict=True)
         ]
-    kind = Kind.LIVE if at_zero.any() else Kind.SUM
-    return site.wiring.join(kind, flows, site.shape)
-
-
-def _is_factor(site: Site, factor: fx.Node, nodes: Sequence[fx.Node]) -> bool:
-    """Whether the result is zero, or zero divided by zero, where one flow is."""
-    choices = [
-        (0.0,) if node is factor else (0.0, 2.0 + number, -2.0 - number)
-        for number, node in enumerate(nodes)
-    ]
-    return not any(
-        _sample(site, dict(zip(nodes, values, strict=True))).nan_to_num(0.0).any()
-        for values in itertools.product(*choices)
-    )
-
-
-def _sample(site: Site, values: dict[fx.Node, float]) -> Tensor:
-    """The operator's result for one number in place of each flow."""
-    return _numbers(site.run(lambda node: torch.tensor(values[node])))
-
-
-def _numbers(result: Any) -> Tensor:
-    """A result, or the first of several, as float64 on the CPU; complex ones by magnitude."""
-    tensor = torch.as_tensor(result[0] if isinstance(result, tuple | list) else result).cpu()
-    return (tensor.abs() if tensor.is_complex() else tensor).double()
+    return site.wiring.join(Kind.LIVE if at_zero.any() else Kind.SUM, flows, site.shape)
 
 
 def gated_half(site: Site) -> Flow:
@@ -126,6 +101,8 @@ def first(rule: Rule) -> Rule:
 
     @functools.wraps(rule)
     def only(site: Site) -> Any:
+        if isinstance(site.node.meta["val"], Tensor):
+            return rule(site)
         return rule(site), *[None] * (len(site.shapes()) - 1)
 
     return only
@@ -144,11 +121,11 @@ def _build() -> dict[Any, Rule]:
         table |= dict.fromkeys(operators, rule)
     for spatial, windows in positions.WINDOWS.items():
         table |= dict.fromkeys(windows, positions.window(spatial))
-    for spatial, operator in ((1, aten.avg_pool1d), (2, aten.avg_pool2d), (3, aten.avg_pool3d)):
+    for spatial, operator in positions.AVERAGES.items():
         table[operator] = positions.window(spatial, positions.average_gain(spatial))
     table |= dict.fromkeys(positions.REDUCTIONS, positions.reduction)
     table |= dict.fromkeys(POINTWISE, pointwise)
-    table |= dict.fromkeys(weighted.BATCH_NORMS, first(weighted.batch_norm))
+    table |= dict.fromkeys(BATCH_NORMS, first(weighted.batch_norm))
     return table | {
         aten._softmax: weighted.softmax,
         aten._log_softmax: weighted.softmax,
@@ -201,25 +178,61 @@ RULES: dict[Any, Rule] = _build()
 
 def rule_for(target: Any) -> Rule:
     """The rule of an operator: from the table, else pointwise by torch's tag, else opaque."""
-    rule = RULES.get(getattr(target, "overloadpacket", target))
+    rule = RULES.get(operator_of(target))
     if rule is not None:
         return rule
     return pointwise if torch.Tag.pointwise in getattr(target, "tags", ()) else opaque
 
 
-def register(op: Any, rule: Rule, *, override: bool = False) -> None:
-    """Add a rule for an operator of your own, in place.
+def always(site: Site) -> bool:
+    """Any call."""
+    return True
+
+
+def never(site: Site) -> bool:
+    """No call."""
+    return False
+
+
+# Whether a call does the same, channel by channel, on a value with fewer channels; what is not
+# here does, for it reads how many there are when it runs.
+RESIZES: dict[Any, Callable[[Site], bool]] = {
+    **dict.fromkeys(movements.ALONG, movements.elsewhere),
+    **dict.fromkeys(movements.INDEXED | movements.WHOLE, never),
+    **{op: never for op, rule in RULES.items() if rule in (movements.filled, movements.unknown)},
+    aten.as_strided: never,
+    aten.as_strided_: never,
+    aten.cat: always,
+    aten.constant_pad_nd: movements.grows,
+    aten.copy: never,
+    aten.embedding: never,
+    aten.expand: movements.unchanged,
+    aten.flip: always,
+    aten.slice: movements.sliced,
+}
+
+
+def resizes(site: Site) -> bool:
+    """Whether a call still works, and does the same, if its operands have fewer channels."""
+    return RESIZES.get(site.packet, always)(site)
+
+
+def register(op: Any, rule: Rule, *, override: bool = False, resizes: bool = False) -> None:
+    """Add a rule for an operator of your own, in place; pruning and compaction both follow it.
 
     Args:
         op: an operator such as `torch.ops.mylib.myop`, or one of its overloads.
         rule: from a `Site` to the flow of its result. `fxlean.rules` has ready-made ones, such
             as `pointwise`, `movements.same` or `positions.window(2)`.
         override: replace a rule that is there.
+        resizes: whether the same call does the same, channel by channel, on a value with fewer
+            channels; else `compact` leaves all that the operator reads and writes as large as it
+            is.
 
     Raises:
         ArgumentError: `op` is no operator, or has a rule and `override` is False.
     """
-    packet = getattr(op, "overloadpacket", op)
+    packet = operator_of(op)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         raise ArgumentError(
             f"op is {op!r}, which is no torch operator. Pass an operator as it appears in a "
@@ -231,3 +244,4 @@ def register(op: Any, rule: Rule, *, override: bool = False) -> None:
             "replace it."
         )
     RULES[packet] = rule
+    RESIZES[packet] = always if resizes else never

@@ -3,145 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from ..calls import BatchNorm, Convolution, Linear, read_call
 from ..flow import Flow, distinct, make_flow, reduce_to, scalar_gain
 from ..graph import Kind
 from ..site import Site
-from ..weights import Origin, Weight
-from ..wiring import Block
+from ..weights import Weight
+from ..wiring import Affine
 
-aten = torch.ops.aten
-BATCH_NORMS = frozenset(
-    {
-        aten._batch_norm_no_update,
-        aten._batch_norm_with_update,
-        aten._native_batch_norm_legit,
-        aten._native_batch_norm_legit_no_training,
-        aten.cudnn_batch_norm,
-        aten.miopen_batch_norm,
-        aten.native_batch_norm,
-    }
-)
 LOW_VARIANCE = 1e-10  # below it a batch norm's input is constant; the paper's threshold
 
 
 def convolution(site: Site) -> Any:
     """Any convolution: one new channel for each output channel, one edge for each kernel."""
-    node = site.argument("weight")
-    if not site.is_constant([node, site.argument("bias")]):
+    call = read_call(site.node)
+    assert isinstance(call, Convolution)
+    if not site.is_constant([call.weight, call.bias]):
         return site.opaque()
-    groups = site.argument("groups")
-    origin, scale = _origins(site, node)
-    weight = Weight(
-        name=site.constants.name(node),
-        value=site.value(node),
-        transposed=site.argument("transposed"),
-        origin=origin,
-        scale=scale,
-        stride=tuple(site.argument("stride")),
-        dilation=tuple(site.argument("dilation")),
-        groups=groups,
+    weight = replace(
+        _weight(site, call), stride=call.stride, dilation=call.dilation, groups=call.groups
     )
-    flow = site.wiring.merge(site.flow(site.argument("input")), [1])
-    sources = _along(flow.ids, flow.shape[1]).reshape(groups, -1)
-    gain = _along(flow.gain, flow.shape[1]).reshape(groups, -1)
-    result, site.blocks[site.node] = _connect(site, weight, site.argument("bias"), sources, gain)
-    return result
+    flow = site.wiring.merge(site.flow(call.data), [1])
+    sources = _along(flow.ids, flow.shape[1]).reshape(call.groups, -1)
+    gain = _along(flow.gain, flow.shape[1]).reshape(call.groups, -1)
+    return _connect(site, call, weight, sources, gain)
 
 
 def linear(site: Site) -> Any:
     """A matrix product of a flow with a weight; features of one channel form one edge."""
-    added = site.packet is aten.addmm
-    data, node = site.argument("mat1" if added else "self"), site.argument("mat2")
-    bias = site.argument("self") if added else None
-    if site.is_constant(data) or not site.is_constant([node, bias]):
+    call = read_call(site.node)
+    assert isinstance(call, Linear)
+    if site.is_constant(call.data) or not site.is_constant([call.weight, call.bias]):
         return site.opaque()
-    flipped = getattr(node.target, "overloadpacket", None) is aten.t
-    inner = node.args[0] if flipped else node
-    flow = site.wiring.merge(site.flow(data), [1])
-    features = _along(flow.ids, flow.shape[1])
-    sources, columns = distinct(features)
-    origin, scale = _origins(site, inner)
-    weight = Weight(
-        name=site.constants.name(inner),
-        value=site.value(inner),
-        transposed=not flipped,
-        origin=origin,
-        scale=scale,
-        columns=columns,
-    )
+    flow = site.wiring.merge(site.flow(call.data), [1])
+    sources, columns = distinct(_along(flow.ids, flow.shape[1]))
     gain = torch.zeros(len(sources), dtype=torch.float64)
     gain.scatter_reduce_(0, columns, _along(flow.gain, flow.shape[1]), "amax")
-    return _connect(site, weight, bias, sources[None], gain[None])[0]
+    weight = replace(_weight(site, call), columns=columns)
+    return _connect(site, call, weight, sources[None], gain[None])
 
 
-def _origins(site: Site, node: fx.Node) -> tuple[Origin | None, Origin | None]:
-    """Where the kernels of a weight can be zeroed, and the scales of a weight norm."""
-    origin = site.origin(node)
+def _weight(site: Site, call: Convolution | Linear) -> Weight:
+    """The weight of a call, and where its kernels can be zeroed."""
+    constants = site.constants
+    origin = site.origin(call.weight)
     try:
-        return origin, site.constants.scale(node, origin) if origin else None
+        scale = constants.scale(call.weight, origin) if origin else None
     except LookupError:
-        return None, None
+        origin = scale = None
+    return Weight(
+        name=constants.name(call.weight),
+        value=site.value(call.weight),
+        transposed=call.transposed,
+        origin=origin,
+        scale=scale,
+        layer=constants.layer(call.weight, call.bias),
+    )
 
 
 def _connect(
-    site: Site, weight: Weight, bias: fx.Node | None, sources: Tensor, gain: Tensor
-) -> tuple[Flow, Block]:
+    site: Site, call: Convolution | Linear, weight: Weight, sources: Tensor, gain: Tensor
+) -> Flow:
     """New channels along dimension 1 of the result, fed by the weight and shifted by the bias."""
-    rows = site.shape[1]
-    masks = None if bias is None else site.masks([bias], torch.zeros(rows))
-    shifted = bias is not None and masks is None and bool(site.value(bias).any())
-    kind = Kind.LIVE if shifted else Kind.SUM
-    block = site.wiring.add_block(weight, kind, sources, gain, rows)
-    block.biased = bias is not None
-    ids = torch.arange(block.first, block.first + rows)
-    for parameter, index in masks or []:
-        site.wiring.attach(parameter, index, ids)
-    shape = site.shape
-    return make_flow(ids.reshape(_channel_shape(shape)), scalar_gain(len(shape)), shape), block
+    bias = None
+    if call.bias is not None:
+        bias = site.bias(site.value(call.bias), [call.bias], torch.zeros(site.shape[1]))
+    ids = site.wiring.add_block(call, weight, bias, sources, gain)
+    return make_flow(
+        ids.reshape(_channel_shape(site.shape)), scalar_gain(len(site.shape)), site.shape
+    )
 
 
 def batch_norm(site: Site) -> Flow:
     """A scale for each channel, folded into the convolution before if that feeds nothing else."""
-    flow = site.wiring.merge(site.flow(site.argument("input")), [1])
-    affine = [site.argument("weight"), site.argument("bias")]
-    gamma, beta = (_double(site, argument) for argument in affine)
-    gamma = torch.ones(flow.shape[1], dtype=torch.float64) if gamma is None else gamma
-    beta = torch.zeros_like(gamma) if beta is None else beta
-    mean = _double(site, site.argument("running_mean"))
-    variance = _double(site, site.argument("running_var"))
-    if site.argument("training", default=False) or mean is None or variance is None:
-        return _affine(site, flow, gamma, beta, affine)
-    scale = gamma / (variance + site.argument("eps", "epsilon")).sqrt()
-    return _affine(site, flow, scale, beta - mean * scale, affine, variance < LOW_VARIANCE)
-
-
-def _affine(
-    site: Site,
-    flow: Flow,
-    scale: Tensor,
-    at_zero: Tensor,
-    arguments: Sequence[Any],
-    dead: Tensor | None = None,
-) -> Flow:
-    """The flow after `scale * x + at_zero`, shape (channels,); `dead` channels are dropped."""
-    shape = _channel_shape(flow.shape)
-    constants = [argument for argument in arguments if argument is not None]
-    masks = site.masks(constants, at_zero) if constants else None
-    if masks is not None:
-        masks = [(parameter, index.reshape(shape)) for parameter, index in masks]
-    before = site.nodes()[0]
-    if before in site.blocks and len(before.users) == 1:
-        site.blocks[before].gain_out *= scale.abs().numpy()
-    else:
-        flow = make_flow(flow.ids, flow.gain * scale.abs().reshape(shape), flow.shape)
-    if dead is not None and dead.any() and masks is not None:
-        flow = site.wiring.derive(Kind.DEAD, flow, dead.reshape(shape))
-    return site.shift(flow, at_zero.reshape(shape), masks)
+    call = read_call(site.node)
+    assert isinstance(call, BatchNorm)
+    flow = site.wiring.merge(site.flow(call.data), [1])
+    channels, shape = flow.shape[1], _channel_shape(flow.shape)
+    scale, shift = call.affine(site.value, channels)
+    constant = torch.zeros(channels, dtype=torch.bool)
+    if call.by_statistics:
+        constant = site.value(call.variance).cpu() < LOW_VARIANCE
+    parameters = [node for node in (call.weight, call.bias) if node is not None]
+    bias = site.bias(shift.reshape(shape), parameters, shift)
+    masks = bias.masks and [(name, index.reshape(shape)) for name, index in bias.masks]
+    affine = Affine(
+        scale.reshape(shape),
+        replace(bias, masks=masks),
+        constant.reshape(shape),
+        site.constants.layer(*call.parameters),
+    )
+    return site.wiring.affine(call, flow, affine)
 
 
 def layer_norm(site: Site) -> Flow:
@@ -185,7 +142,7 @@ def _normalised(site: Site, flow: Flow, gamma: Tensor | None, sets: Tensor | Non
     ids, member = torch.broadcast_tensors(flow.ids, sets)
     hubs = torch.zeros(int(sets.max()) + 1, dtype=torch.int64)
     for number in range(len(hubs)):
-        hubs[number] = site.wiring.hub(ids[member == number], opaque=False)
+        hubs[number] = site.wiring.hub(ids[member == number])
     nothing = torch.zeros((1,) * len(flow.shape), dtype=torch.float64)
     return site.wiring.join(
         Kind.LIVE, [flow, make_flow(hubs[sets], nothing, flow.shape)], flow.shape

@@ -17,14 +17,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from ...channels.calls import argument, operator_of, vanishes
+from ...channels.rules.movements import ALIASES
+from ...channels.rules.positions import WINDOWED
 from ...channels.rules.table import POINTWISE
-from ..rules import ORDINARY, POOLINGS
-from .layers import Layer, arguments_of
+from .layers import ExportedLayer
 
 aten = torch.ops.aten
-SAME = frozenset({aten.alias, aten.clone, aten.contiguous, aten.detach})
-FILLED = frozenset({aten.new_zeros, aten.zeros, aten.zeros_like})
-WINDOWS = POOLINGS | {
+ZEROS = frozenset({aten.new_zeros, aten.zeros, aten.zeros_like})
+PER_CHANNEL = WINDOWED | {  # and as they are kept apart in exported graphs
     aten._to_copy,
     aten.adaptive_avg_pool1d,
     aten.adaptive_avg_pool2d,
@@ -51,7 +52,7 @@ class Made:
     first: int
     count: int
     reads: dict[fx.Node, Tensor] = field(default_factory=dict)
-    layer: Layer | None = None
+    layer: ExportedLayer | None = None
 
 
 @dataclass(eq=False)
@@ -85,7 +86,7 @@ class Channels:
         return torch.tensor([self.zero[number] for number in numbers.tolist()], dtype=torch.bool)
 
 
-def follow(graph: fx.Graph, layers: dict[fx.Node, Layer]) -> Channels:
+def follow(graph: fx.Graph, layers: dict[fx.Node, ExportedLayer]) -> Channels:
     """The channels of every value, from first to last."""
     channels = Channels()
     for node in graph.nodes:
@@ -97,13 +98,13 @@ def follow(graph: fx.Graph, layers: dict[fx.Node, Layer]) -> Channels:
     return channels
 
 
-def _follow(channels: Channels, node: fx.Node, layer: Layer | None) -> None:
-    packet = getattr(node.target, "overloadpacket", node.target)
-    if layer is not None and layer.data in channels.of:
-        numbers = channels.of[layer.data]
+def _follow(channels: Channels, node: fx.Node, layer: ExportedLayer | None) -> None:
+    packet = operator_of(node)
+    if layer is not None and layer.call.data in channels.of:
+        numbers = channels.of[layer.call.data]
         zero = layer.zero_rows(channels.zeros(numbers))
-        channels.make(node, zero, reads={layer.data: numbers}, layer=layer)
-    elif packet in FILLED and _rank(node) > 1:
+        channels.make(node, zero, reads={layer.call.data: numbers}, layer=layer)
+    elif packet in ZEROS and _rank(node) > 1:
         channels.make(node, torch.ones(node.meta["val"].shape[1], dtype=torch.bool), reads={})
     elif (routed := _route(channels, node, packet)) is not None:
         channels.of[node] = routed
@@ -126,7 +127,7 @@ def _opaque(channels: Channels, node: fx.Node) -> None:
 def _route(channels: Channels, node: fx.Node, packet: Any) -> Any:
     """Channel numbers of an operator that only cuts and joins along the channels, else None."""
     args: Any = node.args
-    if packet in SAME:
+    if packet in ALIASES:
         return channels.of[args[0]]
     if packet is operator.getitem and args[0] in channels.made:
         return channels.of[args[0]] if args[1] == 0 else None
@@ -147,14 +148,13 @@ def _route(channels: Channels, node: fx.Node, packet: Any) -> Any:
 
 def _slice(channels: Channels, node: fx.Node, packet: Any) -> Tensor | None:
     """Channel numbers of a slice, or after a write into one; None if it cuts other dimensions."""
-    args = arguments_of(node)
-    whole, dim = args.get("self", args.get("input")), args["dim"]
-    start, end, step = args["start"] or 0, args["end"], args["step"]
-    source = args.get("src", whole)
+    whole, dim = argument(node, "self"), argument(node, "dim")
+    start, end, step = (argument(node, name) for name in ("start", "end", "step"))
+    source = argument(node, "src", default=whole)
     if whole not in channels.of or source not in channels.of or _rank(node) < 2:
         return None
     if dim % _rank(node) != 1:
-        every = start == 0 and step == 1 and (end is None or end == 2**63 - 1)
+        every = (start or 0) == 0 and step == 1 and (end is None or end == 2**63 - 1)
         return cast("Tensor", channels.of[source]) if every else None
     numbers: Tensor = channels.of[whole].clone()
     if packet is aten.slice:
@@ -170,7 +170,7 @@ def _channelwise(channels: Channels, node: Any, packet: Any) -> bool:
         return False
     if packet is aten.pad or packet is aten.constant_pad_nd:
         return bool(len(node.args[1]) <= 2 * (rank - 2))
-    if packet in WINDOWS:
+    if packet in PER_CHANNEL:
         return bool(_shape(node)[1] == _shape(node.args[0])[1])
     if packet not in POINTWISE and torch.Tag.pointwise not in getattr(node.target, "tags", ()):
         return False
@@ -186,7 +186,7 @@ def _channelwise(channels: Channels, node: Any, packet: Any) -> bool:
 
 def _zeros(node: Any, packet: Any, operands: Sequence[fx.Node], zeros: Tensor) -> Tensor:
     """Where a channelwise result is zero; only sums and one-operand functions are looked at."""
-    if packet in WINDOWS:
+    if packet in PER_CHANNEL:
         return zeros.all(0)
     if packet is aten.pad or packet is aten.constant_pad_nd:
         fill = next((arg for arg in node.args[2:] if isinstance(arg, int | float)), 0)
@@ -194,14 +194,12 @@ def _zeros(node: Any, packet: Any, operands: Sequence[fx.Node], zeros: Tensor) -
     if any(arg not in operands for arg in _inputs(node)):
         return torch.zeros_like(zeros[0])
 
-    def vanishes(values: dict[fx.Node, float]) -> bool:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: torch.tensor(values[arg]))
-        return bool((node.target(*args, **kwargs) == 0).all())
+    def no_constant(arg: fx.Node) -> Any:
+        raise AssertionError(arg)
 
-    result = zeros.all(0) & vanishes(dict.fromkeys(operands, 0.0))
+    result = zeros.all(0) & vanishes(node, operands, operands, no_constant)
     for number, arg in enumerate(operands):
-        rest = [{**dict.fromkeys(operands, ordinary), arg: 0.0} for ordinary in ORDINARY]
-        result = result | (zeros[number] & all(vanishes(values) for values in rest))
+        result = result | (zeros[number] & vanishes(node, [arg], operands, no_constant))
     return result
 
 
@@ -228,7 +226,7 @@ def _need(channels: Channels, node: fx.Node, made: Made, need: Tensor) -> None:
     if node.op == "placeholder" or not wanted.any():
         return
     if made.layer is not None:
-        numbers = made.reads[made.layer.data]
+        numbers = made.reads[made.layer.call.data]
         need[numbers[made.layer.columns(wanted, channels.zeros(numbers))]] = True
     elif made.reads:
         for numbers in made.reads.values():
@@ -239,7 +237,7 @@ def _need(channels: Channels, node: fx.Node, made: Made, need: Tensor) -> None:
 
 
 def _is_size(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", node.target) is aten.sym_size
+    return operator_of(node) is aten.sym_size
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:

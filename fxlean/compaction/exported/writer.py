@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -14,9 +13,12 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.utils import _pytree as pytree
 
+from ...channels.calls import operator_of
+from ...channels.rules.movements import moves
+from ...channels.weights import Constants, attribute
 from ...nn import PaddedCat
 from ...tracing.sandbox import on_cpu
-from .layers import layers_of, weight_of
+from .layers import ExportedLayer, key_of, layers_of
 from .needs import DROPPED, Channels, Made, follow, needed
 
 aten = torch.ops.aten
@@ -47,7 +49,7 @@ def rewritten(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
 def _with_small_layers(model: nn.Module, source: fx.GraphModule) -> nn.Module:
     """The exported graph of a model, written anew."""
     source.graph.eliminate_dead_code()
-    layers = layers_of(source.graph, _evaluator(source))
+    layers = layers_of(source.graph, Constants(source, {}, moves))
     channels = follow(source.graph, layers)
     need = needed(source.graph, channels)
     root = nn.Module()
@@ -66,37 +68,6 @@ def _free(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return None
     return {dim: Dim.AUTO for dim in range(leaf.dim()) if dim != 1}
-
-
-def _evaluator(source: fx.GraphModule) -> Callable[[Any], Any]:
-    """A function that gives the value of a node that depends on parameters only, else None."""
-    known: dict[fx.Node, Any] = {}
-
-    def value(node: Any) -> Any:
-        if not isinstance(node, fx.Node):
-            return None
-        if node not in known:
-            known[node] = compute(node)
-        return known[node]
-
-    def compute(node: Any) -> Any:
-        if node.op == "get_attr":
-            return _attribute(source, str(node.target))
-        if node.op != "call_function":
-            return None
-        values = {arg: value(arg) for arg in node.all_input_nodes}
-        if any(found is None for found in values.values()):
-            return None
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: values[arg])
-        with torch.enable_grad():  # what is made of frozen parameters is frozen
-            return node.target(*args, **kwargs)
-
-    return value
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(module.get_submodule(owner), name)
 
 
 @dataclass(eq=False)
@@ -127,7 +98,7 @@ class _Writer:
             return
         if node.op in ("placeholder", "output"):
             self._copy(node)
-        elif node.op == "call_module" or getattr(node.target, "overloadpacket", 0) in DROPPED:
+        elif node.op == "call_module" or operator_of(node) in DROPPED:
             return
         elif made is not None:
             wanted = self.need[made.first : made.first + made.count]
@@ -138,12 +109,12 @@ class _Writer:
 
     def _made(self, node: fx.Node, made: Made, wanted: Tensor) -> None:
         if made.layer is not None:
-            layer, numbers = made.layer, made.reads[made.layer.data]
+            layer, numbers = made.layer, made.reads[made.layer.call.data]
             columns = layer.columns(wanted, self.channels.zeros(numbers))
             data = self._gather(numbers[columns])
-            name = self._register(node, layer.cut(wanted, columns))
+            name = self._register(layer, layer.cut(wanted, columns))
             self.nodes[node] = self.graph.call_module(name, (data,))
-        elif getattr(node.target, "overloadpacket", None) is aten.pad:
+        elif operator_of(node) is aten.pad:
             self.nodes[node] = self._pad(node, made, wanted)
         elif made.reads:
             given = {arg: self._gather(numbers[wanted]) for arg, numbers in made.reads.items()}
@@ -162,7 +133,7 @@ class _Writer:
         return self.graph.call_module("padded_cat", (parts, *options), node.kwargs)
 
     def _copy(self, node: Any) -> None:
-        if getattr(node.target, "overloadpacket", None) is aten.sym_size:
+        if operator_of(node) is aten.sym_size:
             source, dim = node.args
             data = self._gather(self.channels.of[source][:1])
             self.nodes[node] = self.graph.call_function(node.target, (data, dim))
@@ -213,16 +184,16 @@ class _Writer:
     def _parameter(self, node: fx.Node) -> fx.Node:
         """A parameter or buffer that an operator reads which is no layer."""
         name = str(node.target).replace(".", "_")
-        tensor = _attribute(self.source, str(node.target))
+        tensor = attribute(self.source, str(node.target))
         if isinstance(tensor, nn.Parameter):
             self.root.register_parameter(name, nn.Parameter(tensor.detach(), tensor.requires_grad))
         else:
             self.root.register_buffer(name, tensor)
         return self.graph.get_attr(name)
 
-    def _register(self, node: fx.Node, module: nn.Module) -> str:
+    def _register(self, layer: ExportedLayer, module: nn.Module) -> str:
         """Add a layer under the name of its weight."""
-        weight: Any = weight_of(node)
+        weight = key_of(layer.call)
         while weight.op != "get_attr":
             weight = weight.all_input_nodes[0]
         owner = str(weight.target).removesuffix(".weight").removesuffix(".running_mean")

@@ -8,78 +8,13 @@ from fxlean.channels.graph import Kind
 from fxlean.channels.rules import movements
 from fxlean.channels.rules.table import RULES
 from fxlean.channels.wiring import CONSTANT, ZERO
-from tests.support.sites import Data, place, random_flow
+from tests.support.calls import MOVEMENTS, ODD, X
+from tests.support.sites import place, random_flow
 
 aten = torch.ops.aten
 OTHERS = {aten.as_strided, aten.as_strided_, aten.copy, aten.constant_pad_nd}
 CONSTANTS = (movements.filled, movements.unknown)
 FILLED = {packet for packet, rule in RULES.items() if rule in CONSTANTS}
-
-
-X = Data((2, 4, 3, 3))
-FLAT = Data((3, 4))
-ODD = torch.tensor([2, 0, 2])
-BUFFER = torch.tensor([0.0, 0.0, 1.0, 0.0]).reshape(1, 4, 1, 1).expand(2, 4, 3, 3)
-
-CALLS = [
-    (aten.alias.default, (X,)),
-    (aten.clone.default, (X,)),
-    (aten.contiguous.default, (X,)),
-    (aten.detach.default, (X,)),
-    (aten.expand.default, (Data((4, 1, 3)), (2, 4, 5, 3))),
-    (aten._to_copy.default, (X,)),
-    (aten.lift_fresh.default, (X,)),
-    (aten.lift_fresh_copy.default, (X,)),
-    (aten.view.default, (X, (2, 2, 2, 9))),
-    (aten.view.default, (X, (8, 3, 3))),
-    (aten.view.default, (Data((1, 6, 1, 2)), (3, 4, 1))),
-    (aten.view.default, (Data((0, 6)), (3, 0, 2))),
-    (aten._unsafe_view.default, (X, (2, 36))),
-    (aten.reshape.default, (X, (-1, 3))),
-    (aten.squeeze.dims, (Data((2, 1, 3, 1)), (1, 3))),
-    (aten.flatten.using_ints, (X, 1)),
-    (aten.permute.default, (X, (0, 2, 3, 1))),
-    (aten.transpose.int, (X, 1, -1)),
-    (aten.t.default, (FLAT,)),
-    (aten.unsqueeze.default, (X, -1)),
-    (aten.movedim.int, (X, 1, 3)),
-    (aten.stack.default, ([X, X, X], 1)),
-    (aten.cat.default, ([X, Data((2, 1, 3, 3)), BUFFER, Data((2, 0, 3, 3))], 1)),
-    (aten.cat.default, ([X, X], -1)),
-    (aten.flip.default, (X, (1, 3))),
-    (aten.narrow.default, (X, 1, 1, 2)),
-    (aten.select.int, (X, 1, -1)),
-    (aten.slice.Tensor, (X, 1, 0, 9, 2)),
-    (aten.slice.Tensor, (X, -1, -2, 9)),
-    (aten.slice_scatter.default, (X, Data((2, 2, 3, 3)), 1, 1, 3)),
-    (aten.slice_scatter.default, (BUFFER, Data((2, 2, 3, 3)), 1, 1, 3)),
-    (aten.slice_scatter.default, (X, BUFFER[:, :, 1:], 2, 1)),
-    (aten.split.Tensor, (X, 3, 1)),
-    (aten.split_with_sizes.default, (X, (1, 3), 1)),
-    (aten.unbind.int, (X, 1)),
-    (aten.unfold.default, (X, 1, 2, 1)),
-    (aten.index.Tensor, (X, [None, ODD])),
-    (aten.gather.default, (X, 1, torch.tensor([[[[3, 0, 3]]]]).expand(2, 1, 3, 3))),
-    (aten.index_select.default, (X, 1, ODD)),
-    (aten._unsafe_index.Tensor, (X, [None, None, ODD[:, None], ODD])),
-    (aten.index_put.default, (X, [None, ODD[:2]], Data((2, 2, 3, 3)))),
-    (aten.index_put.default, (BUFFER, [None, ODD[:2]], Data((2, 2, 3, 3)))),
-    (aten.channel_shuffle.default, (X, 2)),
-    (aten.native_channel_shuffle.default, (X, 2)),
-    (aten.diagonal.default, (X, 0, 2, 3)),
-    (aten.pixel_shuffle.default, (X, 2)),
-    (aten.pixel_unshuffle.default, (Data((1, 2, 4, 4)), 2)),
-    (aten.repeat.default, (X, (1, 2, 1, 3))),
-    (aten.roll.default, (X, (1,), (1,))),
-    (aten.rot90.default, (X, 1, (2, 3))),
-    (aten.select_scatter.default, (X, Data((2, 3, 3)), 1, 2)),
-    (aten.tril.default, (X,)),
-    (aten.triu.default, (X, 1)),
-    (aten.as_strided.default, (X, (2, 3, 4), (9, 1, 3), 5)),
-    (aten.as_strided_.default, (X, (2, 3, 4), (9, 1, 3), 5)),
-    (aten.copy.default, (X, Data((4, 1, 3)))),
-    (aten.copy.default, (BUFFER, Data((4, 1, 3)))),
-]
 
 
 def expected(site, part):
@@ -104,14 +39,14 @@ def names(calls):
 
 
 def test_every_movement_has_a_call():
-    called = {operator.overloadpacket for operator, _ in CALLS}
+    called = {operator.overloadpacket for operator, _ in MOVEMENTS}
     assert movements.MOVEMENTS | OTHERS - {aten.constant_pad_nd} == called
     assert {
         packet for packet, rule in RULES.items() if rule.__module__ == movements.__name__
     } == movements.MOVEMENTS | OTHERS | FILLED
 
 
-@pytest.mark.parametrize(("operator", "args"), CALLS, ids=names(CALLS))
+@pytest.mark.parametrize(("operator", "args"), MOVEMENTS, ids=names(MOVEMENTS))
 def test_ids_move_as_the_values_do(operator, args):
     generator = torch.Generator().manual_seed(0)
     for _ in range(8):

@@ -1,0 +1,154 @@
+"""Whether a candidate computes what the pruned model does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import ArgumentError
+from ..tracing.inputs import as_arguments
+from ..tracing.sandbox import evaluating
+from ..tracing.tracer import Trace
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def inputs_to_compare(trace: Trace, example_inputs: Any) -> list[tuple[Any, ...]]:
+    """The arguments on which outputs are compared: as given, and of random numbers."""
+    if example_inputs is not None:
+        given = as_arguments(example_inputs)
+    elif trace.left_out:
+        raise ArgumentError(
+            f"{', '.join(trace.left_out)} cannot be traced, and so the inputs of the whole model "
+            "are not known. Pass example_inputs."
+        )
+    else:
+        (piece,) = trace.pieces
+        values = [node.meta["val"] for node in piece.input_nodes]
+        device = values[0].device
+        given = tuple(torch.zeros(v.shape, dtype=v.dtype, device=device) for v in values)
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
+
+    return [given, pytree.tree_map(noise, given)]
+
+
+class Check:
+    """What candidates are held against: the outputs of a model, and whether it can be trained."""
+
+    def __init__(
+        self, masked: nn.Module, bare: nn.Module, inputs: Sequence[tuple[Any, ...]]
+    ) -> None:
+        """Run the model.
+
+        Args:
+            masked: the model.
+            bare: the same without masks.
+            inputs: tuples of arguments to run it on.
+
+        Raises whatever the model raises.
+        """
+        self.arguments = inputs[0]
+        self._bare, self._inputs = bare, inputs
+        self._expected = outputs(masked, inputs)
+        self._trains: bool | None = None
+
+    def problem(self, candidate: nn.Module) -> str:
+        """What is wrong with a candidate, or an empty string."""
+        problem = difference(candidate, self._inputs, self._expected)
+        if problem and self._is_rounding(candidate):
+            problem = ""
+        if not problem and not trains(candidate, self.arguments):
+            if self._trains is None:
+                self._trains = trains(self._bare, self.arguments)
+            problem = "it cannot be trained" if self._trains else ""
+        return problem
+
+    def _is_rounding(self, candidate: nn.Module) -> bool:
+        """Whether a candidate that differs does not in double precision.
+
+        Rounding alone changes what a network chooses: the largest scores, say.
+        """
+        wide = [_double(arguments) for arguments in self._inputs]
+        try:
+            expected = outputs(_double(copied(self._bare)), wide)
+            return not difference(_double(copied(candidate)), wide, expected)
+        except Exception:  # a model that has its type written into its code
+            return False
+
+
+def _double(thing: Any) -> Any:
+    """A model, or arguments, in double precision."""
+    if isinstance(thing, nn.Module):
+        return thing.double()
+    return pytree.tree_map_only(
+        Tensor, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, thing
+    )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; computed weights, which deepcopy refuses, are detached in it."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def outputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> list[list[Tensor]]:
+    """The tensors that the model returns, for each of the inputs."""
+    with evaluating(model):
+        results = [model(*copy.deepcopy(arguments)) for arguments in inputs]
+    return [[x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in results]
+
+
+def difference(
+    model: nn.Module,
+    inputs: Sequence[tuple[Any, ...]],
+    expected: Sequence[Sequence[Tensor]],
+) -> str:
+    """What is wrong with a candidate, or an empty string."""
+    try:
+        found = outputs(model, inputs)
+    except Exception as err:  # whatever the code of the model raises on fewer channels
+        return f"{type(err).__name__}: {err}"
+    for results, references in zip(found, expected, strict=True):
+        for result, reference in zip(results, references, strict=True):
+            error = relative_error(result, reference)
+            if not error <= TOLERANCE.get(reference.dtype, 0.0):
+                return f"outputs differ by {error:.1e} of the largest"
+    return ""
+
+
+def relative_error(result: Tensor, reference: Tensor) -> float:
+    """The largest difference over the largest absolute value of the reference; NaN equals NaN."""
+    if result.shape != reference.shape:
+        return float("inf")
+    wide = torch.float64 if reference.is_floating_point() else reference.dtype
+    result, reference = result.to(wide).nan_to_num(), reference.to(wide).nan_to_num()
+    if torch.equal(result, reference):
+        return 0.0
+    if not reference.is_floating_point():
+        return float("inf")
+    return ((result - reference).abs().max() / reference.abs().max()).item()
+
+
+def trains(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
+    """Whether the model runs in training mode."""
+    with evaluating(model):
+        model.train()
+        try:
+            model(*copy.deepcopy(arguments))
+        except Exception:  # batch norms of one value, among others
+            return False
+    return True
