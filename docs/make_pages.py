@@ -17,7 +17,7 @@ errors
 nn
 tracing: sandbox arguments inputs tracer
 norms: suprema operator
-channels: graph flow calls weights wiring site
+channels: graph flow calls weights builder wiring site
 channels.rules: movements positions weighted table
 channels: walk
 selection: jit ranking liveness chains paths methods

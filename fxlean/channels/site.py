@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .builder import CONSTANT, ZERO, Bias, Builder
 from .calls import argument, operator_of, run
 from .flow import Flow, make_flow, scalar_gain
 from .weights import Constants, Origin
-from .wiring import CONSTANT, ZERO, Bias, Builder
 
 
 @dataclass(frozen=True, eq=False)

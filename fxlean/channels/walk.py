@@ -12,13 +12,14 @@ from torch import Tensor, fx, nn
 
 from ..tracing.sandbox import untouched
 from ..tracing.tracer import Piece, Trace
+from .builder import Builder
 from .flow import Flow, make_flow, scalar_gain
 from .graph import Kind
 from .rules.movements import moves
 from .rules.table import rule_for
 from .site import Site
 from .weights import Constants
-from .wiring import Builder, Wiring
+from .wiring import Wiring
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..channels.builder import Affine, Bias
 from ..channels.calls import BatchNorm, Convolution, Linear, nonzero_kernels
 from ..channels.flow import Flow, distinct, make_flow, meet, reduce_to, scalar_gain
 from ..channels.graph import Kind
 from ..channels.weights import Weight
-from ..channels.wiring import Affine, Bias
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,12 +9,13 @@ from operator import getitem
 import torch
 from torch import Tensor, fx
 
+from fxlean.channels.builder import Builder
 from fxlean.channels.flow import Flow, make_flow
 from fxlean.channels.graph import Kind
 from fxlean.channels.rules.movements import moves
 from fxlean.channels.site import Site
 from fxlean.channels.weights import Constants
-from fxlean.channels.wiring import Builder, Wiring
+from fxlean.channels.wiring import Wiring
 
 CHANNELS = 5
 

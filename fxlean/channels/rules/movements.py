@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from ..builder import CONSTANT, ZERO, Bias
 from ..calls import operator_of, run
 from ..flow import Flow, make_flow, move, reshape
 from ..site import Site, constant_flow
-from ..wiring import CONSTANT, ZERO, Bias
 
 aten = torch.ops.aten
 

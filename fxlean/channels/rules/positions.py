@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...norms.operator import operator_norms
+from ..builder import Bias
 from ..flow import Flow, make_flow, reshape
 from ..graph import Kind
 from ..site import Site
-from ..wiring import Bias
 
 aten = torch.ops.aten
 
@@ -164,7 +164,7 @@ def sampled(site: Site) -> Flow:
     """`grid_sample`: zero where its input is, taken at places that are never dead."""
     flow = site.wiring.merge(site.flow(site.argument("input")), [0, 1])
     grid = site.wiring.merge(site.flow(site.argument("grid")), [])
-    grid = make_flow(grid.ids, grid.gain, (1,) * len(site.shape))
+    grid = make_flow(grid.ids, grid.gain, (site.shape[0], *[1] * (len(site.shape) - 1)))
     return site.wiring.join(Kind.PRODUCT, [flow, site.wiring.derive(Kind.LIVE, grid)], site.shape)
 
 

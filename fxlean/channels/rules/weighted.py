@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..builder import Affine
 from ..calls import BatchNorm, Convolution, Linear, read_call
 from ..flow import Flow, distinct, make_flow, reduce_to, scalar_gain
 from ..graph import Kind
 from ..site import Site
 from ..weights import Weight
-from ..wiring import Affine
 
 LOW_VARIANCE = 1e-10  # below it a batch norm's input is constant; the paper's threshold
 

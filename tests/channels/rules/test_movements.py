@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import fx
 
+from fxlean.channels.builder import CONSTANT, ZERO
 from fxlean.channels.graph import Kind
 from fxlean.channels.rules import movements
 from fxlean.channels.rules.table import RULES
-from fxlean.channels.wiring import CONSTANT, ZERO
 from tests.support.calls import MOVEMENTS, ODD, X
 from tests.support.sites import place, random_flow
 
