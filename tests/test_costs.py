@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fxlean
 from fxlean.nn import Selected
@@ -153,3 +154,23 @@ def test_plain_data_has_both_reports():
 def test_what_is_no_module_is_refused(model, before, name):
     with pytest.raises(fxlean.ArgumentError, match=rf"^{name} is a int\. Pass .*torch\.nn\.Module"):
         fxlean.report(model, IMAGE, before=before)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Conv1d(3, 4, 3, stride=2, padding=1), (3, 3, 11)),
+        (nn.Conv2d(4, 6, 3, groups=2, dilation=2), (2, 4, 9, 8)),
+        (nn.Conv3d(2, 3, 2), (1, 2, 4, 5, 6)),
+        (nn.ConvTranspose1d(3, 4, 3, stride=2), (2, 3, 7)),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (3, 4, 5, 6)),
+        (nn.Linear(6, 5), (4, 6)),
+        (nn.Linear(6, 5), (2, 7, 6)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2)), (2, 3, 6, 6)),
+    ],
+)
+def test_multiply_accumulates_are_half_of_the_operations_that_torch_counts(model, shape):
+    x = torch.zeros(shape)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert 2 * shape[0] * fxlean.report(model, x).macs == counter.get_total_flops()

@@ -13,12 +13,12 @@ from fxlean.compaction.slots import Slots
 from fxlean.compaction.solve import components
 from fxlean.compaction.walk import slots_of
 from fxlean.tracing.tracer import trace_model
-from tests.support.calls import CALLS, MOVEMENTS, with_conditions
+from tests.support.calls import CALLS, MOVEMENTS, PADDINGS, with_conditions
 from tests.support.sites import Data, site_of
 
 aten = torch.ops.aten
 BY_OPERATOR = defaultdict(list)
-for _operator, _args in CALLS + MOVEMENTS:
+for _operator, _args in CALLS + MOVEMENTS + PADDINGS:
     BY_OPERATOR[_operator.overloadpacket].append((_operator, _args))
 # All that these read and write stays. Layers are cut elsewhere: the calls here belong to none.
 STUCK = {

@@ -1,4 +1,4 @@
-"""Calls of every operator that has a rule: `CALLS` and `MOVEMENTS`."""
+"""Calls of every operator that has a rule: `CALLS`, `MOVEMENTS` and `PADDINGS`."""
 
 import torch
 
@@ -200,6 +200,14 @@ MOVEMENTS = [
     (aten.as_strided_.default, (X, (2, 3, 4), (9, 1, 3), 5)),
     (aten.copy.default, (X, Data((4, 1, 3)))),
     (aten.copy.default, (BUFFER, Data((4, 1, 3)))),
+]
+
+PADDINGS = [
+    (aten.constant_pad_nd.default, (X, [1, 0], 0.0)),
+    (aten.constant_pad_nd.default, (X, [1, 0], 2.0)),
+    (aten.constant_pad_nd.default, (X, [0, 0, 0, 0, 1, 2], 0.0)),
+    (aten.constant_pad_nd.default, (X, [0, 0, 0, 0, 1, 2], 2.0)),
+    (aten.constant_pad_nd.default, (X, [0, 1, 0, 0, -1, 2], 0.0)),
 ]
 
 
