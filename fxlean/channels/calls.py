@@ -154,6 +154,14 @@ class BatchNorm:
         return scale, shift - numbers(self.mean, 0.0) * scale
 
     @property
+    def samples(self) -> int:
+        """How many samples lie side by side along the channels, as torch writes instance norms."""
+        for node in self.parameters:
+            if node is not None and operator_of(node) is aten.repeat:
+                return int(node.args[1][0])
+        return 1
+
+    @property
     def by_statistics(self) -> bool:
         """Whether it normalises by running statistics, not by those of the batch."""
         return not self.training and self.mean is not None and self.variance is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
@@ -19,9 +21,10 @@ from .cut import part_of, shrink
 from .exported.writer import rewritten
 from .fold import fold, is_frozen
 from .plan import choose_slots, layers_of
+from .rules import FOLLOW
 from .slots import Slots
 from .solve import solve
-from .verify import Check, copied, inputs_to_compare
+from .verify import Check, copied, inputs_to_compare, outputs
 from .walk import slots_of
 
 
@@ -107,13 +110,13 @@ def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iter
 
 def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
     """Candidates with fewer channels, the smallest first."""
-    slots = slots_of(bare, trace, reshape=True)
-    if slots.strangers:
+    strangers = slots_of(bare, trace, FOLLOW[0]).strangers
+    if strangers:
         try:
             candidate = _rewritten(bare, arguments)
         except Exception as err:  # torch.export refuses many models, in many ways
             warnings.warn(
-                f"{slots.strangers} pruned convolutions have weights that belong to no layer, and "
+                f"{strangers} pruned convolutions have weights that belong to no layer, and "
                 f"the model cannot be rewritten ({type(err).__name__}: {str(err)[:200]}): they "
                 "keep their size. Make them nn.Conv2d modules, or the model exportable.",
                 CompactionWarning,
@@ -121,10 +124,10 @@ def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[
             )
         else:
             yield candidate
-    yield _compacted(bare, slots, pinned=False)
-    slots = slots_of(bare, trace, reshape=False)
-    for pinned in (False, True):
-        yield _compacted(bare, slots, pinned=pinned)
+    for follow in FOLLOW:
+        slots = slots_of(bare, trace, follow)
+        yield _fitted(_compacted(bare, slots, pinned=False), arguments)
+    yield _fitted(_compacted(bare, slots, pinned=True), arguments)
 
 
 def _rewritten(bare: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
@@ -169,6 +172,31 @@ def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
         if smaller is not module:
             _replace(result, module, smaller)
     return result
+
+
+def _fitted(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
+    """The model with norms that know how many channels they get; in place.
+
+    Those without parameters do not need the number, but instance norms warn where it is another.
+    """
+    channels: dict[Any, int] = {}
+
+    def look(module: Any, inputs: tuple[Any, ...]) -> None:
+        instance = isinstance(module, nn.modules.instancenorm._InstanceNorm)
+        dim = inputs[0].dim() - module._get_no_batch_dim() if instance else 1
+        channels[module] = inputs[0].shape[dim]
+
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
+    norms = [module for module in norms if not module.state_dict()]
+    handles = [module.register_forward_pre_hook(look) for module in norms]
+    if norms:
+        with contextlib.suppress(Exception):  # a wrong candidate is found out later
+            outputs(model, [arguments])
+    for handle in handles:
+        handle.remove()
+    for module, count in channels.items():
+        module.num_features = count
+    return model
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

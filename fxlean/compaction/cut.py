@@ -110,16 +110,17 @@ def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
             if tensor is None or tensor.dim() == 0:
                 continue
             device = tensor.device
+            transposed = tensor.dim() > 1 and getattr(module, "transposed", False)
             if tensor.dim() == 1 or groups > 1:
-                part = tensor.detach()[rows.to(device)]
-            elif getattr(module, "transposed", False):
+                part = tensor.detach()[(columns if transposed else rows).to(device)]
+            elif transposed:
                 part = tensor.detach()[columns.to(device)][:, rows.to(device)]
             else:
                 part = tensor.detach()[rows.to(device)][:, columns.to(device)]
             trained = isinstance(tensor, nn.Parameter)
             tensors[name] = nn.Parameter(part, tensor.requires_grad) if trained else part
     widths = {"in": int(columns.sum()), "out": int(rows.sum())}
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = widths["out"]
     elif isinstance(module, nn.Linear):
         module.in_features, module.out_features = widths["in"], widths["out"]

@@ -6,17 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..channels.calls import BatchNorm, Convolution, read_call
 from ..tracing.tracer import Piece, Trace
 from .walk import owners_of
 
-# Not their subclasses, whose forward may do more.
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # and nothing else
 
 
 def is_frozen(model: nn.Module) -> bool:
@@ -33,16 +31,13 @@ def fold(model: nn.Module, trace: Trace) -> bool:
     found = False
     for names in pairs:
         conv, norm = (cast(Any, model.get_submodule(name)) for name in names)
-        transposed = type(conv) in TRANSPOSED and conv.groups == 1
-        if (
-            all(uses[name] == 1 for name in names)
-            and (type(conv) in CONVOLUTIONS or transposed)
-            and type(norm) in NORMS
-        ):
-            fused = fuse_conv_bn_eval(conv, norm, transposed)
-            for name, module in zip(names, (fused, nn.Identity().eval()), strict=True):
-                model.set_submodule(name, module)
-            found = True
+        rest = _without_norm(norm)
+        if any(uses[name] > 1 for name in names) or rest is None:
+            continue
+        fused = fuse_conv_bn_eval(conv, norm, conv.transposed)
+        for name, module in zip(names, (fused, rest.eval()), strict=True):
+            model.set_submodule(name, module)
+        found = True
     return found
 
 
@@ -54,7 +49,25 @@ def _pairs(piece: Piece, owners: dict[str, str]) -> Iterator[tuple[str, str]]:
         norm = read_call(node)
         if isinstance(norm, BatchNorm) and len(norm.data.users) == 1:
             before = read_call(norm.data)
-            if isinstance(before, Convolution):
+            if isinstance(before, Convolution) and not (before.transposed and before.groups > 1):
                 names = layers.get(before.weight, ""), layers.get(norm.mean, "")
                 if all(names):
                     yield names
+
+
+def _without_norm(norm: nn.Module) -> nn.Module | None:
+    """What a batch norm does besides: nothing, or the activation of a subclass; None if unknown."""
+    if type(norm) in NORMS:
+        return nn.Identity()
+    try:
+        rest = fx.symbolic_trace(norm)
+    except Exception:  # Python that depends on values
+        return None
+    calls = [node for node in rest.graph.nodes if node.target is F.batch_norm]
+    if len(calls) != 1:
+        return None
+    calls[0].replace_all_uses_with(calls[0].args[0])
+    rest.graph.eliminate_dead_code()
+    rest.delete_all_unused_submodules()
+    rest.recompile()
+    return rest

@@ -2,18 +2,19 @@
 
 A rule says where channels go. Whether the same Python code still works, and does the same, on a
 value with fewer of them is another question, which `channels.rules.resizes` answers: where it does
-not, all that the operator reads and writes is pinned.
+not, all that the operator reads and writes is pinned. Some operators do the same if each of several
+parts loses the same channels: halves of a `chunk`, groups of a channel shuffle. Those are linked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..channels.flow import Flow
+from ..channels.flow import Flow, make_flow, scalar_gain
 from ..channels.graph import Kind
 from ..channels.rules.movements import RESHAPED
 from ..channels.rules.table import resizes, rule_for
@@ -21,28 +22,32 @@ from ..channels.site import Site
 from .slots import Slots
 
 aten = torch.ops.aten
+SPLITS = frozenset({aten.split, aten.split_with_sizes})
+SHUFFLES = frozenset({aten.channel_shuffle, aten.native_channel_shuffle})
+# The sizes in a graph are numbers, and do not tell whether the code computes them. These operators
+# are taken to follow the number of channels, and if that fails, fewer of them.
+FOLLOW: tuple[frozenset[Any], ...] = (RESHAPED | SPLITS, RESHAPED, frozenset())
 
 
-def apply_rule(site: Site, slots: Slots, *, reshape: bool) -> Any:
+def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
     """The flow of an operator's result, or a tuple of flows; what cannot be cut is pinned.
 
-    `reshape` says whether sizes in reshapes are taken to follow the number of channels.
+    `follow` has the operators whose sizes are taken to follow the number of channels.
     """
-    result = _aside(site) if site.packet is aten.cat else None
+    result = _met(site)
     if result is None:
         result = rule_for(site.node.target)(site)
-    applied = slots.applications and slots.applications[-1].call.node is site.node
-    if not applied:
-        for node in site.constant_nodes():
-            slots.refused |= site.constants.layers(node)
-        flows = [*site.flows(), *_flows(result)]
-        follows = resizes(site) and (reshape or site.packet not in RESHAPED or _same_shape(site))
-        if not follows or _meets_constants(site, flows):
-            for flow in flows:
-                slots.pin(flow.ids)
-    for flow in _flows(result):
-        if sum(size > 1 for size in flow.ids.shape) > 1:
-            slots.pin(flow.ids)  # leaving some out would not leave a tensor
+    if slots.applications and slots.applications[-1].call.node is site.node:
+        return result
+    for node in site.constant_nodes():
+        slots.refused |= site.constants.layers(node)
+    results = list(_flows(result))
+    parts = _parts(site, results, follow)
+    if parts is not None:
+        slots.link(parts[:-1], parts[1:])
+    elif not _follows(site, results, follow):
+        for flow in (*site.flows(), *results):
+            slots.pin(flow.ids)
     return result
 
 
@@ -52,31 +57,64 @@ def _flows(result: Any) -> Iterator[Flow]:
             yield flow
 
 
-def _same_shape(site: Site) -> bool:
-    return site.flow().shape == site.shape
+def _dims(flow: Flow) -> list[int]:
+    """The dimensions along which channels vary."""
+    return [dim for dim in range(len(flow.shape)) if flow.varies(dim)]
 
 
-def _meets_constants(site: Site, flows: list[Flow]) -> bool:
+def _met(site: Site) -> Flow | None:
+    """The result of an operator whose operands, or parts of one, meet as in a sum; else None.
+
+    A concatenation along a dimension where no channels vary, or a pixel shuffle.
+    """
+    flows, rank = site.flows(), len(site.shape)
+    if site.packet is aten.cat and len(flows) == len(site.argument("tensors")):
+        dims = {dim for flow in flows for dim in _dims(flow)}
+        if dims and site.argument("dim") % rank not in dims:
+            return site.wiring.join(Kind.SUM, flows, site.shape)
+    if site.packet is aten.pixel_shuffle and _dims(flows[0]) == [rank - 3]:
+        area = site.argument("upscale_factor") ** 2
+        parts = flows[0].ids.reshape(-1, area, 1, 1).unbind(1)
+        met = [make_flow(part, scalar_gain(rank), site.shape) for part in parts]
+        return site.wiring.join(Kind.SUM, met, site.shape)
+    return None
+
+
+def _parts(site: Site, results: Sequence[Flow], follow: Collection[Any]) -> Tensor | None:
+    """The slots of several parts that must lose the same channels, shape (parts, channels)."""
+    flow = site.flow()
+    if site.packet in SHUFFLES and _dims(flow) == [1]:
+        return flow.ids.reshape(site.argument("groups"), -1)
+    if site.packet not in follow or len(_dims(flow)) != 1:
+        return None
+    if site.packet in SPLITS and len({part.shape for part in results}) == 1:
+        return torch.stack([part.ids.reshape(-1) for part in results])
+    if site.packet in RESHAPED and len(_dims(results[0])) > 1:
+        # Of groups side by side, each can become smaller.
+        ids = results[0].ids
+        return ids.movedim(_dims(results[0])[-1], -1).flatten(0, -2)
+    return None
+
+
+def _follows(site: Site, results: Sequence[Flow], follow: Collection[Any]) -> bool:
+    """Whether the operator does the same, channel by channel, on values with fewer channels."""
+    flows = site.flows()
+    written = site.packet in RESHAPED and site.packet not in follow
+    if not resizes(site) or (written and flows[0].shape != site.shape):
+        return False
+    # What is left of a value whose channels vary along two dimensions need not be a tensor.
+    most = max(1, *(len(_dims(flow)) for flow in flows))
+    if any(len(_dims(flow)) > most for flow in results):
+        return False
+    return not _meets_constants(site, [*flows, *results])
+
+
+def _meets_constants(site: Site, flows: Sequence[Flow]) -> bool:
     """Whether a constant of fixed size lies along a dimension where channels vary."""
-    varying = {
-        dim - len(flow.shape)
-        for flow in flows
-        for dim in range(len(flow.shape))
-        if flow.varies(dim)
-    }
+    varying = {dim - len(flow.shape) for flow in flows for dim in _dims(flow)}
     shapes = [
         node.meta["val"].shape
         for node in site.constant_nodes()
         if isinstance(node.meta.get("val"), Tensor)
     ]
     return any(shape[dim] > 1 for shape in shapes for dim in varying if -dim <= len(shape))
-
-
-def _aside(site: Site) -> Flow | None:
-    """A concatenation along a dimension where no channels vary: they meet, as in a sum."""
-    flows, rank = site.flows(), len(site.shape)
-    dims = {dim for flow in flows for dim in range(rank) if flow.varies(dim)}
-    constants = len(flows) < len(site.argument("tensors"))
-    if constants or not dims or site.argument("dim") % rank in dims:
-        return None
-    return site.wiring.join(Kind.SUM, flows, site.shape)

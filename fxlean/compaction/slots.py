@@ -156,8 +156,8 @@ class Slots:
         """See `Builder`: an application of its layer; pinned if it has none that can be cut."""
         nonzero = nonzero_kernels(call, weight.value)
         slots = sources.reshape(-1) if weight.columns is None else sources[0, weight.columns]
-        if weight.layer is None or (call.transposed and call.groups > 1):
-            if weight.layer is None and weight.columns is None:
+        if weight.layer is None:
+            if weight.columns is None:
                 self.strangers += not nonzero.all()
             self.pin(slots)
             return self.add_channels(Kind.LIVE, len(nonzero))
@@ -177,20 +177,27 @@ class Slots:
         return result.slots
 
     def affine(self, call: BatchNorm, flow: Flow, affine: Affine) -> Flow:
-        """See `Builder`: an application of its layer, of which a channel may be zero for good."""
-        slots = flow.ids.reshape(-1).expand(flow.shape[1])
-        if affine.layer is None or not call.by_statistics:
+        """See `Builder`: an application of its layer, of which a channel may be zero for good.
+
+        Without parameters it leaves a zero channel zero. An instance norm has the channels of all
+        samples side by side.
+        """
+        if not any(call.parameters):
+            return flow
+        channels = len(affine.scale.reshape(-1)) // call.samples
+        slots = flow.ids.reshape(-1).expand(flow.shape[1]).reshape(call.samples, channels)
+        if affine.layer is None or not torch.equal(slots, slots[:1].expand_as(slots)):
             self.pin(slots)
-            result = self.add_channels(Kind.LIVE, len(slots))
+            result = self.add_channels(Kind.LIVE, channels)
         else:
-            source = Value(slots, self.is_zero(slots))
-            shifted = affine.bias.at_zero.reshape(-1) != 0
-            nonzero = (affine.scale.reshape(-1) != 0) | shifted
+            source = Value(slots[0], self.is_zero(slots[0]))
+            shifted = affine.bias.at_zero.reshape(-1)[:channels] != 0
+            nonzero = (affine.scale.reshape(-1)[:channels] != 0) | shifted
             zero = ~nonzero | (source.zero & ~shifted)
             result = self.new(zero)
             value = Value(result, zero)
-            self._apply(call, affine.layer, source, value, nonzero[:, None], len(slots), 0)
-        ids = result.reshape(1, -1, *[1] * (len(flow.shape) - 2))
+            self._apply(call, affine.layer, source, value, nonzero[:, None], channels, 0)
+        ids = result.repeat(call.samples).reshape(1, -1, *[1] * (len(flow.shape) - 2))
         return make_flow(ids, scalar_gain(len(flow.shape)), flow.shape)
 
     def _apply(

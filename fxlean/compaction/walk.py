@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -13,19 +16,18 @@ from ..tracing.tracer import Trace
 from .rules import apply_rule
 from .slots import Application, Slots
 
-LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
+LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
 
 
 @torch.no_grad()
 @on_cpu()
-def slots_of(model: nn.Module, trace: Trace, *, reshape: bool) -> Slots:
+def slots_of(model: nn.Module, trace: Trace, follow: Collection[Any]) -> Slots:
     """The slots of a model.
 
     Args:
         model: without masks.
         trace: its graphs.
-        reshape: whether `flatten` and its like are taken to follow the number of channels, as
-            they do unless the code has sizes written into it.
+        follow: operators whose sizes are taken to follow the number of channels, see `FOLLOW`.
     """
     slots = Slots()
     owners = owners_of(model, trace)
@@ -35,9 +37,7 @@ def slots_of(model: nn.Module, trace: Trace, *, reshape: bool) -> Slots:
         state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
         constants = Constants(piece.graph, state, moves, owners)
         sources = [source(slots, tuple(node.meta["val"].shape)) for node in piece.input_nodes]
-        env = walk(
-            piece, slots, constants, sources, lambda site: apply_rule(site, slots, reshape=reshape)
-        )
+        env = walk(piece, slots, constants, sources, lambda site: apply_rule(site, slots, follow))
         for node in piece.output_nodes:
             if node in env:
                 slots.pin(env[node].ids)

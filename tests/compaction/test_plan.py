@@ -13,6 +13,7 @@ import fxlean
 from fxlean.compaction.attempts import remove_masks
 from fxlean.compaction.cut import cost, part_of
 from fxlean.compaction.plan import choose_slots, layers_of
+from fxlean.compaction.rules import FOLLOW
 from fxlean.compaction.solve import WIDTH, fill_up, solve
 from fxlean.compaction.walk import slots_of
 from fxlean.nn import Selected
@@ -42,7 +43,7 @@ def planned(model, x):
     """Estimated nanoseconds of the plan, and of every choice of layers to tie."""
     remove_masks(model)
     with torch.no_grad():
-        slots = slots_of(model, trace_model(model, x), reshape=True)
+        slots = slots_of(model, trace_model(model, x), FOLLOW[0])
     layers = layers_of(slots)
 
     def estimate(kept):
@@ -92,7 +93,7 @@ def test_a_selection_is_filled_up_only_with_channels_that_are_there(method, rati
     fxlean.prune(model, ratio, x, method=method)
     remove_masks(model)
     with torch.no_grad():
-        slots = slots_of(model, trace_model(model, x), reshape=True)
+        slots = slots_of(model, trace_model(model, x), FOLLOW[0])
     kept = solve(slots)
     for name, calls in layers_of(slots).items():
         if name.endswith("norm1"):

@@ -8,7 +8,7 @@ from torch import fx
 
 from fxlean.channels.flow import make_flow, scalar_gain
 from fxlean.channels.rules.movements import RESHAPED
-from fxlean.compaction.rules import apply_rule
+from fxlean.compaction.rules import FOLLOW, SPLITS, apply_rule
 from fxlean.compaction.slots import Slots
 from fxlean.compaction.solve import components
 from fxlean.compaction.walk import slots_of
@@ -31,7 +31,6 @@ STUCK = {
     aten.as_strided,
     aten.as_strided_,
     aten.batch_norm,
-    aten.channel_shuffle,
     aten.convolution,
     aten.copy,
     aten.diagonal,
@@ -43,10 +42,7 @@ STUCK = {
     aten.index_select,
     aten.mm,
     aten.native_batch_norm,
-    aten.native_channel_shuffle,
     aten.native_group_norm,
-    aten.pixel_shuffle,
-    aten.pixel_unshuffle,
     aten.repeat,
     aten.roll,
     aten.rot90,
@@ -74,7 +70,7 @@ def on_slots(operator, args, generator, owner=None):
 
     arguments = with_conditions(operator, args)
     site = site_of(operator, arguments, generator, slots, flow_of, owner)
-    result = apply_rule(site, slots, reshape=True)
+    result = apply_rule(site, slots, FOLLOW[0])
     flows = result if isinstance(result, tuple) else (result,)
     return site, slots, flows
 
@@ -88,11 +84,17 @@ def results(site, values, args):
 
 
 def left(value, flow, kept):
-    """What is left of a value without the slots that are not kept."""
+    """What is left of a value without the slots that are not kept: whole slices only."""
+    mask = kept[flow.ids]
+    found = torch.ones_like(mask)
     for dim in range(value.dim()):
+        others = [other for other in range(value.dim()) if other != dim]
+        whole = mask.any(others, keepdim=True) if others else mask
+        found = found & whole
         if flow.varies(dim):
-            return value.index_select(dim, kept[flow.ids.reshape(-1)].nonzero()[:, 0])
-    return value if kept[flow.ids].all() else value.narrow(0, 0, 0)
+            value = value.index_select(dim, whole.reshape(-1).nonzero()[:, 0])
+    assert torch.equal(found, mask)
+    return value if mask.any() else value.narrow(0, 0, 0)
 
 
 def some_kept(slots, generator):
@@ -103,11 +105,15 @@ def some_kept(slots, generator):
     return kept[label]
 
 
-def with_sizes(site, shape):
-    """The arguments of the operator, with the sizes of a reshape as code computes them anew."""
+def with_sizes(site, expected):
+    """The arguments of the operator, with sizes as code computes them anew."""
     args = site.node.args
-    written = site.packet in RESHAPED and site.packet not in (aten.squeeze, aten.flatten)
-    return (args[0], tuple(shape)) if written else args
+    if site.packet in RESHAPED - {aten.squeeze, aten.flatten}:
+        return (args[0], tuple(expected[0].shape))
+    if site.packet in SPLITS:
+        sizes = [part.shape[args[2]] for part in expected]
+        return (args[0], sizes[0] if site.packet is aten.split else sizes, args[2])
+    return args
 
 
 def same(found, expected):
@@ -136,7 +142,7 @@ def test_fewer_channels_give_the_same_but_fewer(packet):
             for value, flow in zip(whole, flows, strict=True)
         ]
         smaller = {node: left(node.meta["val"], flow, kept) for node, flow in site.env.items()}
-        found = results(site, smaller, with_sizes(site, expected[0].shape))
+        found = results(site, smaller, with_sizes(site, expected))
         for result, wanted in zip(found, expected, strict=True):
             assert wanted is None or same(result, wanted), (operator, args)
     assert (removed > 0) == (packet not in STUCK)
@@ -247,5 +253,5 @@ def test_a_layer_whose_weight_something_else_reads_is_refused(refused):
             return self.last(self.first(x)) + double(self.first.weight).sum()
 
     model = Net()
-    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 9, 9)), reshape=True)
+    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 9, 9)), FOLLOW[0])
     assert ("first" in [applied.layer for applied in slots.applications]) is not refused

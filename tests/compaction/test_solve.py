@@ -8,6 +8,7 @@ from fxlean.compaction import cut, solve
 from fxlean.compaction.attempts import remove_masks
 from fxlean.compaction.cut import part_of, shrink
 from fxlean.compaction.plan import layers_of
+from fxlean.compaction.rules import FOLLOW
 from fxlean.compaction.verify import copied, difference, outputs
 from fxlean.compaction.walk import slots_of
 from fxlean.tracing.tracer import trace_model
@@ -50,7 +51,7 @@ def test_no_further_set_of_linked_slots_can_go(name, monkeypatch):
     model, inputs = make(name)
     fxlean.prune(model, 0.4, inputs, method="l1")
     remove_masks(model)
-    slots = slots_of(model, trace_model(model, inputs), reshape=True)
+    slots = slots_of(model, trace_model(model, inputs), FOLLOW[0])
     kept, label = solve.solve(slots), solve.components(slots)
     with RecordConvolutions(leaky=True):
         expected = outputs(model, [inputs])

@@ -194,8 +194,9 @@ def never(site: Site) -> bool:
     return False
 
 
-# Whether a call does the same, channel by channel, on a value with fewer channels; what is not
-# here does, for it reads how many there are when it runs.
+# Whether a call does the same, channel by channel, on a value with fewer channels (as many fewer in
+# each part, where there are parts); what is not here does, for it reads how many there are when it
+# runs.
 RESIZES: dict[Any, Callable[[Site], bool]] = {
     **dict.fromkeys(movements.ALONG, movements.elsewhere),
     **dict.fromkeys(movements.INDEXED | movements.WHOLE, never),
@@ -203,11 +204,15 @@ RESIZES: dict[Any, Callable[[Site], bool]] = {
     aten.as_strided: never,
     aten.as_strided_: never,
     aten.cat: always,
+    aten.channel_shuffle: always,
     aten.constant_pad_nd: movements.grows,
     aten.copy: never,
     aten.embedding: never,
     aten.expand: movements.unchanged,
     aten.flip: always,
+    aten.native_channel_shuffle: always,
+    aten.pixel_shuffle: always,
+    aten.pixel_unshuffle: always,
     aten.slice: movements.sliced,
 }
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..builder import Affine
-from ..calls import BatchNorm, Convolution, Linear, read_call
+from ..calls import BatchNorm, Convolution, Linear, operator_of, read_call
 from ..flow import Flow, distinct, make_flow, reduce_to, scalar_gain
 from ..graph import Kind
 from ..site import Site
@@ -96,9 +96,15 @@ def batch_norm(site: Site) -> Flow:
         scale.reshape(shape),
         replace(bias, masks=masks),
         constant.reshape(shape),
-        site.constants.layer(*call.parameters),
+        site.constants.layer(*map(_unrepeated, call.parameters)),
     )
     return site.wiring.affine(call, flow, affine)
+
+
+def _unrepeated(node: fx.Node | None) -> fx.Node | None:
+    """A parameter of an instance norm, which torch repeats for all samples, as it is."""
+    repeated = node is not None and operator_of(node) is torch.ops.aten.repeat
+    return node.args[0] if repeated else node  # type: ignore[union-attr, return-value]
 
 
 def layer_norm(site: Site) -> Flow:
