@@ -224,6 +224,13 @@ class Wiring:
         sources = np.concatenate([np.zeros(0, dtype=np.int32), *self._sources])
         return lambda channel: sources[starts[channel] : starts[channel] + sizes[channel]]
 
+    def is_read(self) -> NDArray[np.bool_]:
+        """Which channels feed others, shape (channels,)."""
+        read = np.zeros(self._num_channels, dtype=bool)
+        for sources in self._sources:
+            read[sources] = True
+        return read
+
     def finish(self, outputs: Tensor, prunable: dict[int, Layer], pruned: Tensor) -> ChannelGraph:
         """The wiring as a graph, with the lengths of prunable and linear layers still zero.
 

@@ -59,10 +59,15 @@ def _without_norm(norm: nn.Module) -> nn.Module | None:
     """What a batch norm does besides: nothing, or the activation of a subclass; None if unknown."""
     if type(norm) in NORMS:
         return nn.Identity()
+    vars(norm)["_check_input_dim"] = lambda x: (
+        None
+    )  # depends on a shape, which symbols have none of
     try:
         rest = fx.symbolic_trace(norm)
     except Exception:  # Python that depends on values
         return None
+    finally:
+        del vars(norm)["_check_input_dim"]
     calls = [node for node in rest.graph.nodes if node.target is F.batch_norm]
     if len(calls) != 1:
         return None

@@ -37,7 +37,8 @@ def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
     result = _met(site)
     if result is None:
         result = rule_for(site.node.target)(site)
-    if slots.applications and slots.applications[-1].call.node is site.node:
+    applied = slots.applications and slots.applications[-1].call.node is site.node
+    if applied or _adds_own_bias(site, slots):
         return result
     for node in site.constant_nodes():
         slots.refused |= site.constants.layers(node)
@@ -78,6 +79,21 @@ def _met(site: Site) -> Flow | None:
         met = [make_flow(part, scalar_gain(rank), site.shape) for part in parts]
         return site.wiring.join(Kind.SUM, met, site.shape)
     return None
+
+
+def _adds_own_bias(site: Site, slots: Slots) -> bool:
+    """Whether a sum adds the bias of the linear layer whose product it reads.
+
+    So torch writes linear layers whose data do not lie in the order of their dimensions.
+    """
+    constants = site.constant_nodes()
+    layer = site.constants.layer(*constants) if site.packet is aten.add and constants else None
+    for applied in slots.applications:
+        made = applied.result.slots
+        if applied.layer == layer and torch.equal(site.flow().ids.reshape(-1), made):
+            applied.result.zero.logical_and_(site.value(constants[0]).cpu() == 0)
+            return True
+    return False
 
 
 def _parts(site: Site, results: Sequence[Flow], follow: Collection[Any]) -> Tensor | None:

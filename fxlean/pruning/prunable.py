@@ -133,11 +133,15 @@ def _reason(
 
 
 def _output_blocks(wiring: Wiring, results: Tensor) -> frozenset[int]:
-    """Applications that make the results directly, or through one join."""
+    """Applications that make the results directly, or through one join.
+
+    What other layers read as well, such as the features of an encoder, is no mere output.
+    """
     sources_of = wiring.rows()
     firsts = np.array([block.first for block in wiring.blocks], dtype=np.int64)
     found, seen = set(), set()
-    stack = [(int(channel), 0) for channel in results]
+    read = wiring.is_read()
+    stack = [(int(channel), 0) for channel in results if not read[channel]]
     while stack:
         channel, joins = stack.pop()
         if (channel, joins) in seen:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import fxlean
 from fxlean.selection.liveness import used_kernels, zero_channels
 from fxlean.selection.methods import METHODS
+from tests.support.blocks import conv, conv_bn_relu
 from tests.support.oracles import changed_kernel, observe, read
 from tests.support.strategies import networks
 from tests.support.zoo import ZOO, make
@@ -281,3 +282,26 @@ def test_garbage_collection_is_as_it_was_after_a_call_and_after_an_error(enabled
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()
+
+
+class Encoder(nn.Module):
+    """Returns the features of every stage, as backbones of detectors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList([conv_bn_relu(3, 4), conv_bn_relu(4, 5), conv_bn_relu(5, 6)])
+        self.head = conv(6, 2)
+
+    def forward(self, x):
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features, self.head(x)
+
+
+def test_only_layers_that_nothing_else_reads_count_as_output():
+    torch.manual_seed(0)
+    result = fxlean.prune(Encoder().eval(), 0.5, torch.randn(1, 3, 8, 8))
+    assert [layer.name for layer in result.layers] == ["stages.0.0", "stages.1.0", "stages.2.0"]
+    assert list(result.skipped) == ["head"]
