@@ -1,25 +1,18 @@
 """Longest-chain extraction (LEAN): which kernels lie on the longest chains of a graph.
 
 A chain is a path of edges, its length is the product of the edge lengths, and it starts with a
-prunable edge. For every channel `v`, where `best(u)` may or may not exist,
+prunable edge. Usable edges have a positive length and, where prunable, are alive and not taken.
+For every channel `v`, where `best(u)` may or may not exist,
 
-    best(v) = max( over live prunable edges (u, v, w):  max(1, best(u)) * w,
-                   over live fixed edges    (u, v, w):  best(u) * w  where best(u) exists )
+    best(v) = max( over usable prunable edges (u, v, w):  max(1, best(u)) * w,
+                   over usable fixed edges    (u, v, w):  best(u) * w  where best(u) exists )
 
     and best(v) does not exist where that maximum is below 1.
 
-`longest_chains` takes the largest `best` again and again, and extracts the kernels behind it.
-
-Values only ever fall, so whatever was computed earlier is an upper bound, and the search is lazy
-on three levels:
-
-- A heap over channels holds upper bounds. Only the chain behind its top is brought up to date,
-  from its start to its end. When nothing on it had to be, it is the longest chain.
-- A channel whose source has fallen keeps its edge unless its value falls below an upper bound of
-  what any other edge gives. Only then is its row (the edges into it) looked at.
-- The longest edges of a row are kept sorted: its head. Looking stops where a length times the
-  largest value of any source cannot win, and all edges are compared only when the head cannot
-  decide.
+`longest_chains` takes the kernels behind the largest `best`, again and again. Values only ever
+fall, so whatever was computed earlier is an upper bound, and the search is lazy on three levels: a
+heap over channels, a bound on the second-best edge of every row, and the longest edges of a row
+sorted (its head). docs/chains.md derives what each bound means, and carries an example through.
 
 Lengths are base-2 logarithms in float64: no product overflows, and a product of exactly 1 (its
 factors are powers of two) is exactly 0.
@@ -34,9 +27,9 @@ from numpy.typing import NDArray
 
 from ..channels.graph import ChannelGraph
 from .jit import jit
-from .ranking import fill_largest, kernel_scores, log2_ceiling
+from .ranking import fill_largest, kernel_scores
+from .rows import NONE, log2_ceiling, rows_of
 
-_NONE = -np.inf  # the logarithm of a length that does not exist
 _BELOW = -1e-300  # just below 0: whatever exceeds it is a product of at least 1
 _SLACK = 0.25  # how much farther than needed today a head reaches, in log2
 
@@ -54,8 +47,8 @@ _CHANNEL = np.dtype(
         ("kernel_start", np.int64),
         ("source_start", np.int64),
         ("head_start", np.int64),
-        ("head_size", np.int32),
-        ("group", np.int32),  # consecutive rows with the same sources have one number
+        ("head_size", np.int32),  # entries of the head in use, of `room`
+        ("bundle", np.int32),  # one number for consecutive rows that share their sources
         ("cutoff", np.float64),  # every edge of at least this logarithm is in the head
         ("size", np.int32),
         ("room", np.int32),
@@ -64,7 +57,8 @@ _CHANNEL = np.dtype(
     ]
 )
 _ENTRY = np.dtype([("key", np.float64), ("id", np.int32)])
-_GROUP = np.dtype([("leader", np.int64), ("largest", np.float64)])  # largest value of its sources
+# The largest value of its sources, an upper bound too, and the source that had it.
+_BUNDLE = np.dtype([("leader", np.int64), ("largest", np.float64)])
 
 
 def longest_chains(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_], int]:
@@ -90,20 +84,12 @@ def longest_chains(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_],
     if budget >= np.count_nonzero(graph.alive):
         return graph.alive.copy(), 0
     taken = ~graph.alive
-    chains = 0
-    if budget > 0:
-        chains = _extract(
-            _records(graph),
-            graph.sources.view(np.uint32),
-            graph.lengths,
-            graph.lengths.view(np.int32),
-            taken,
-            budget,
-            np.empty(graph.num_edges, dtype=_ENTRY),
-        )
+    rows = rows_of(graph)
+    heads = np.empty(graph.num_edges, dtype=_ENTRY)
+    chains = _extract(_records(graph), rows.sources, rows.lengths, rows.bits, taken, budget, heads)
     keep = taken & graph.alive
     fill_largest(keep, graph.alive, kernel_scores(graph), budget)
-    return keep, chains
+    return keep, int(chains)
 
 
 def _records(graph: ChannelGraph) -> NDArray[np.void]:
@@ -120,7 +106,7 @@ def _records(graph: ChannelGraph) -> NDArray[np.void]:
     changes = np.zeros(graph.num_channels, dtype=bool)
     for name in ("size", "source_start", "prunable"):
         changes[1:] |= channels[name][1:] != channels[name][:-1]
-    channels["group"] = np.cumsum(changes)
+    channels["bundle"] = np.cumsum(changes)
     return channels
 
 
@@ -135,7 +121,6 @@ def _extract(channels, sources, lengths, bits, taken, budget, heads):
     n = len(channels)
     # What an edge multiplies: row 0 for fixed edges, row 1 (at least 0) for prunable ones.
     values = np.empty((2, n))
-    values[0], values[1] = _NONE, 0.0
     ends = np.empty(n, dtype=_ENTRY)
     count = zero
     for v in range(n):
@@ -145,11 +130,11 @@ def _extract(channels, sources, lengths, bits, taken, budget, heads):
             count += 1
     for place in range(count // 2 - 1, -1, -1):
         _sift_down(ends, zero, count, place)
-    groups = np.empty(n, dtype=_GROUP)
-    for g in range(n):
-        groups[g].leader, groups[g].largest = 0, np.inf
+    bundles = np.empty(n, dtype=_BUNDLE)
+    for b in range(n):
+        bundles[b].leader, bundles[b].largest = 0, np.inf
     used = zero  # entries of `heads` in use
-    path = np.empty(n, dtype=np.int32)
+    chain = np.empty(n, dtype=np.int32)
     chains = found = zero
     while count > 0 and found < budget:
         end = np.int64(ends[0].id)
@@ -163,12 +148,12 @@ def _extract(channels, sources, lengths, bits, taken, budget, heads):
             found += _take(channels, end, values, taken)
             chains += 1
         else:
-            v = _refresh(channels, end, values, sources, taken, groups, heads, chains, path)
-            if v >= 0 and not _lower_bound(channels[v], values, sources, groups):
+            v = _refresh(channels, end, values, sources, taken, bundles, heads, chains, chain)
+            if v >= 0 and not _lower_bound(channels[v], values, sources, bundles):
                 c = channels[v]
                 _compare_row(c, v, values, sources, lengths, bits, taken)
                 if values[0, v] >= 0:
-                    largest = groups[c.group].largest
+                    largest = bundles[c.bundle].largest
                     c.cutoff = max(values[0, v] - _SLACK, 0.0) - largest
                     used = _sort_head(c, lengths, bits, taken, heads, used)
     return chains
@@ -188,18 +173,18 @@ def _take(channels, v, values, taken):
 
 
 @jit
-def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
+def _refresh(channels, v, values, sources, taken, bundles, heads, epoch, chain):
     """Bring the chain that ends at channel v up to date, from its start to its end.
 
     Channels found exact are marked with the epoch. Returns -1, or the first channel whose head
-    cannot decide, and whose row must be compared before the rest of the chain can be done. This
-    is one long function because numba counts references to every array passed to another one,
-    which takes longer than the work itself.
+    cannot decide, and whose row must be compared before the rest of the chain can be done; see
+    docs/chains.md. This is one long function because numba counts references to every array
+    passed to another one, which takes longer than the work itself.
     """
     length, stale = 0, -1
     while values[0, v] >= 0 and channels[v].epoch != epoch:
         c = channels[v]
-        path[length] = v
+        chain[length] = v
         if c.held != values[c.prunable, c.source] or (
             c.prunable == 1 and taken[c.kernel_start + c.edge]
         ):
@@ -207,19 +192,19 @@ def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
         length += 1
         v = c.source
     for i in range(stale + 1, length):
-        channels[path[i]].epoch = epoch
+        channels[chain[i]].epoch = epoch
     for i in range(stale, -1, -1):
-        v = path[i]
+        v = chain[i]
         c = channels[v]
         value = c.step + values[c.prunable, c.source]
         if value <= c.second or (c.prunable == 1 and taken[c.kernel_start + c.edge]):
-            largest = groups[c.group].largest
+            largest = bundles[c.bundle].largest
             rest = c.cutoff + largest  # upper bound of what the head does not contain
             value, second, edge, step = _BELOW, _BELOW, -1, 0.0
             for place in range(c.head_start, c.head_start + c.head_size):
                 log, j = heads[place].key, heads[place].id
                 if log + largest < second or (log + largest == second and j > edge >= 0):
-                    rest = _NONE
+                    rest = NONE
                     break
                 other = log + values[c.prunable, sources[c.source_start + j]]
                 if other >= second and not (c.prunable == 1 and taken[c.kernel_start + j]):
@@ -233,7 +218,7 @@ def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
                 c.edge, c.step, c.second = edge, step, max(second, rest)
                 c.source = sources[c.source_start + edge]
         if value < 0:
-            values[0, v], values[1, v] = _NONE, 0.0
+            values[0, v], values[1, v] = NONE, 0.0
         else:
             values[0, v], values[1, v], c.held = value, value, values[c.prunable, c.source]
             if values[0, c.source] < 0 or channels[c.source].epoch == epoch:
@@ -242,16 +227,16 @@ def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
 
 
 @jit
-def _lower_bound(c, values, sources, groups):
+def _lower_bound(c, values, sources, bundles):
     """Lower the largest source value of a row to what it is now; False if it is already."""
-    group = groups[c.group]
-    if values[c.prunable, group.leader] == group.largest:
+    bundle = bundles[c.bundle]
+    if values[c.prunable, bundle.leader] == bundle.largest:
         return False
-    group.largest = _NONE
+    bundle.largest = NONE
     for j in range(c.source_start, c.source_start + c.size):
         u = sources[j]
-        if values[c.prunable, u] > group.largest:
-            group.leader, group.largest = u, values[c.prunable, u]
+        if values[c.prunable, u] > bundle.largest:
+            bundle.leader, bundle.largest = u, values[c.prunable, u]
     return True
 
 
@@ -271,7 +256,7 @@ def _compare_row(c, v, values, sources, lengths, bits, taken):
                 else:
                     second = value
     if edge < 0:
-        values[0, v], values[1, v] = _NONE, 0.0
+        values[0, v], values[1, v] = NONE, 0.0
     else:
         c.edge, c.second, c.source = edge, second, sources[start + edge]
         c.held = values[prunable, c.source]
