@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils import _pytree as pytree
 
-from ..errors import ArgumentError, CompactionError, CompactionWarning
+from ..errors import CompactionError, CompactionWarning
 from ..nn import RefreshMasks
 from ..tracing.arguments import check_model, unwrapped
-from ..tracing.inputs import as_arguments
-from ..tracing.sandbox import evaluating, on_cpu
+from ..tracing.inputs import Arguments, call
+from ..tracing.leaves import replaced, tensors_in
+from ..tracing.sandbox import evaluating, on_cpu, running
 from ..tracing.tracer import Trace, trace_model
 from .cut import part_of, shrink
 from .exported.writer import rewritten
@@ -39,8 +39,8 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 
     Args:
         model: pruned by `prune`, or by anything else that sets weights to zero; not changed.
-        example_inputs: a tensor or a tuple of positional arguments that the model accepts; if
-            left out, common sizes are tried.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments
+            that the model accepts; if left out, common sizes are tried.
 
     Returns:
         A new model, in the same mode (training or not) and on the same device.
@@ -61,7 +61,7 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     bare = _copy(model)
     remove_masks(bare)
     trace = trace_model(bare, example_inputs)
-    inputs = _check_inputs(trace, example_inputs)
+    inputs = _check_inputs(trace.arguments)
     expected = _outputs(model, inputs)
     problem = ""
     for attempt in _attempts(bare, trace, inputs[0]):
@@ -81,7 +81,7 @@ def _grouped(model: nn.Module) -> int:
     return sum(getattr(module, "groups", 1) > 1 for module in model.modules())
 
 
-def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
+def _attempts(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[nn.Module]:
     """Ever more careful candidates, down to the model without masks."""
     if is_frozen(bare):
         folded = _copy(bare)
@@ -91,7 +91,7 @@ def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iter
     yield bare
 
 
-def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
+def _cut(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[nn.Module]:
     """Candidates with fewer channels, the smallest first."""
     slots = walk(bare, trace, reshape=True)
     if slots.strangers:
@@ -113,11 +113,11 @@ def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[
         yield _compacted(bare, slots, pinned=pinned)
 
 
-def _rewritten(bare: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
+def _rewritten(bare: nn.Module, arguments: Arguments) -> nn.Module:
     """The model as a graph of small layers, tried on inputs of another size as well."""
     model = _copy(bare)
     # Export takes a size of 1 for a constant, so it gets larger inputs where they are accepted.
-    larger = pytree.tree_map(_doubled, arguments)
+    larger = replaced(arguments, _doubled)
     try:
         expected = _outputs(model, [larger])
     except Exception:
@@ -130,10 +130,8 @@ def _rewritten(bare: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
     return result.train(bare.training)
 
 
-def _doubled(leaf: Any) -> Any:
+def _doubled(leaf: Tensor) -> Tensor:
     """Twice the size in all dimensions but the channels."""
-    if not isinstance(leaf, Tensor):
-        return leaf
     return leaf.repeat([1 if dim == 1 else 2 for dim in range(leaf.dim())])
 
 
@@ -185,40 +183,27 @@ def _copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _check_inputs(trace: Trace, example_inputs: Any) -> list[tuple[Any, ...]]:
+def _check_inputs(given: Arguments) -> list[Arguments]:
     """The arguments on which outputs are compared: as given, and of random numbers."""
-    if example_inputs is not None:
-        given = as_arguments(example_inputs)
-    elif trace.left_out:
-        raise ArgumentError(
-            f"{', '.join(trace.left_out)} cannot be traced, and so the inputs of the whole model "
-            "are not known. Pass example_inputs."
-        )
-    else:
-        (piece,) = trace.pieces
-        values = [node.meta["val"] for node in piece.input_nodes]
-        device = values[0].device
-        given = tuple(torch.zeros(v.shape, dtype=v.dtype, device=device) for v in values)
     generator = torch.Generator().manual_seed(0)
 
-    def noise(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+    def noise(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
             return leaf
         return torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
 
-    return [given, pytree.tree_map(noise, given)]
+    return [given, replaced(given, noise)]
 
 
-def _outputs(model: nn.Module, inputs: list[tuple[Any, ...]]) -> list[list[Tensor]]:
+def _outputs(model: nn.Module, inputs: list[Arguments]) -> list[list[Tensor]]:
     """The tensors that the model returns, for each of the inputs."""
-    with evaluating(model):
-        results = [model(*copy.deepcopy(arguments)) for arguments in inputs]
-    return [[x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in results]
+    with running(model):
+        return [tensors_in(call(model, copy.deepcopy(arguments))) for arguments in inputs]
 
 
 def _difference(
     model: nn.Module,
-    inputs: list[tuple[Any, ...]],
+    inputs: list[Arguments],
     expected: list[list[Tensor]],
 ) -> str:
     """What is wrong with a candidate, or an empty string."""
@@ -247,12 +232,12 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     return ((result - reference).abs().max() / reference.abs().max()).item()
 
 
-def _trains(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
+def _trains(model: nn.Module, arguments: Arguments) -> bool:
     """Whether the model runs in training mode."""
     with evaluating(model):
         model.train()
         try:
-            model(*copy.deepcopy(arguments))
+            call(model, copy.deepcopy(arguments))
         except Exception:
             return False
     return True

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ArgumentError, some
 
@@ -21,6 +21,16 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} is compiled by TorchScript, which cannot be traced. Prune "
             "the original module, then script it."
         )
+    scripted = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule) and [*module.parameters(), *module.buffers()]
+    ]
+    if scripted:
+        raise ArgumentError(
+            f"compiled by TorchScript, which cannot be traced: {some(scripted)}. Prune with the "
+            "original modules in their place, then script them."
+        )
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ArgumentError(
@@ -31,6 +41,21 @@ def check_model(model: Any) -> None:
         raise ArgumentError(
             f"parameters are on the meta device and hold no values: {some(meta)}. Load weights "
             "with model.to_empty(device=...) and load_state_dict before pruning."
+        )
+
+
+def check_traceable(model: nn.Module) -> None:
+    """Reject weights that no trace can stand for."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    others = [
+        name for name, t in named if type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ]
+    if others:
+        kinds = sorted({type(dict(named)[name]).__name__ for name in others})
+        raise ArgumentError(
+            f"{some(others)}: of type {some(kinds)}, tensors that compute in their own way and "
+            "cannot be traced. Prune the model before they replace its weights (quantisation, "
+            "sharding)."
         )
 
 
