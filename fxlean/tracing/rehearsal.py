@@ -61,7 +61,10 @@ def rehearse(model: nn.Module, arguments: Arguments) -> Rehearsal:
         for name, module in model.named_modules():
             _record(module, name, calls)
         with Dependent(tensors_in(own)) as dependent:
-            call(model, own)
+            result = call(model, own)
+        # A model may have a `__call__` of its own, which no hook sees.
+        args, kwargs = ((), own) if isinstance(own, dict) else (own, {})
+        calls.setdefault("", Call(args, kwargs, result))
     return Rehearsal(arguments, calls, frozenset(hooks), watched > len(hooks), dependent)
 
 

@@ -89,8 +89,8 @@ def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
             None to try common sizes.
 
     Raises:
-        ArgumentError: the model rejects the example inputs that it was given, or has tensors that
-            cannot be traced.
+        ArgumentError: the model rejects the example inputs that it was given, or has or returns
+            tensors that cannot be traced.
         TraceError: no inputs that were tried fit, or nothing of the model can be traced.
 
     Warns:
@@ -99,6 +99,7 @@ def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
     check_traceable(model)
     with LOCK:
         rehearsal = rehearsed(model, example_inputs)
+        _check_result(model, rehearsal.calls[""].result)
         witness = Witness()
         try:
             piece = _trace(model, "", rehearsal, witness)
@@ -141,6 +142,16 @@ def rehearsed(model: nn.Module, example_inputs: Any = None) -> Rehearsal:
         f"with: {_first_line(failure)}. Pass example_inputs=, a tensor, a tuple of arguments or a "
         "dict of keyword arguments."
     ) from failure
+
+
+def _check_result(model: nn.Module, result: Any) -> None:
+    strangers = strangers_in(result)
+    if strangers:
+        raise ArgumentError(
+            f"{type(model).__name__} returns tensors in {some(strangers)}, where no trace sees them. "
+            "Return them in tuples, lists, mappings, named tuples or dataclasses, or prune a "
+            "submodule, with example_inputs of its own."
+        )
 
 
 def _next_step(model: nn.Module) -> str:
