@@ -28,6 +28,7 @@ from .walk import walk
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+@torch.inference_mode(False)
 def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """An ordinary model that computes the same with only what pruning has left.
 

@@ -84,7 +84,8 @@ def prune(
     from ..selection.jit import when_compiling  # here, because numba takes long to import
     from ..selection.liveness import used_kernels, zero_channels
 
-    with _paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
+    eager = torch.inference_mode(False)  # masks are to be ordinary tensors
+    with eager, _paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
         stages.start("trace")
         trace = trace_model(model, example_inputs)
         wired, prunable = _wired(model, trace, ignore, prune_outputs, include_linear)
@@ -164,7 +165,7 @@ def trace(
     """
     _check(model, 1.0, "lean", norm)
     model = unwrapped(model)
-    with _paused_collection():
+    with torch.inference_mode(False), _paused_collection():
         traced = trace_model(model, example_inputs)
         wired, prunable = _wired(model, traced, ignore, prune_outputs, include_linear)
         return fill_lengths(prunable.graph, wired.wiring, norm)

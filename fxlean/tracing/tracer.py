@@ -148,8 +148,8 @@ def _check_result(model: nn.Module, result: Any) -> None:
     strangers = strangers_in(result)
     if strangers:
         raise ArgumentError(
-            f"{type(model).__name__} returns tensors in {some(strangers)}, where no trace sees them. "
-            "Return them in tuples, lists, mappings, named tuples or dataclasses, or prune a "
+            f"{type(model).__name__} returns tensors in {some(strangers)}, where no trace sees "
+            "them. Return them in tuples, lists, mappings, named tuples or dataclasses, or prune a "
             "submodule, with example_inputs of its own."
         )
 
