@@ -38,6 +38,14 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
+def first_line(err: BaseException) -> str:
+    """The type of an error that is not ours, and the first line of its message."""
+    lines = str(err).strip().splitlines()
+    if isinstance(err, FxleanError):
+        return lines[0]
+    return f"{type(err).__name__}: {lines[0][:300]}" if lines else type(err).__name__
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line outside of the library that has called it."""
     frame: FrameType | None = sys._getframe(1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from inspect import signature
 from numbers import Real
 from typing import Any
 
@@ -19,7 +21,14 @@ from ..channels.walk import Wired, wire
 from ..errors import ArgumentError, PruneWarning
 from ..norms.operator import ORDERS
 from ..selection.methods import METHODS
-from ..tracing.arguments import check_model, resolve_ignored, unwrapped
+from ..tracing.arguments import (
+    check_finite,
+    check_model,
+    check_traceable,
+    resolve_ignored,
+    unwrapped,
+)
+from ..tracing.rehearsal import rehearsed
 from ..tracing.sandbox import on_cpu
 from ..tracing.tracer import Trace, trace_model
 from .lengths import fill_lengths
@@ -51,8 +60,8 @@ def prune(
         model: any convolutional network, on any device, in any floating-point type.
         ratio: fraction of the prunable kernels to keep, in (0, 1]; kernels that earlier masks
             removed count as pruned. 0.05 keeps 5 %.
-        example_inputs: a tensor or a tuple of positional arguments that the model accepts; if
-            left out, common sizes are tried.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments
+            that the model accepts; if left out, common sizes are tried.
         method: "lean" (longest chains), "path" (complete chains), "spectral" and "l1" (kernels
             with the largest norms), or "random".
         ignore: layers to leave alone: names of modules or parameters, glob patterns, modules or
@@ -74,11 +83,22 @@ def prune(
 
     Warns:
         PruneWarning: operators without a rule were treated as reading and writing everything,
+            the model was traced in parts, something outside of it has kept tensors of the trace,
             or so few kernels are kept that the output does not depend on the input any more.
 
     Source: Schoonhoven, Hendriksen, Pelt and Batenburg, arXiv 2011.06923.
     """
-    _check(model, ratio, method, norm)
+    _check(
+        model,
+        ratio,
+        method=method,
+        norm=norm,
+        ignore=ignore,
+        progress=progress,
+        redundancy=redundancy,
+        prune_outputs=prune_outputs,
+        include_linear=include_linear,
+    )
     model = unwrapped(model)
     chosen = METHODS[method]
     from ..selection.jit import when_compiling  # here, because numba takes long to import
@@ -92,6 +112,7 @@ def prune(
         stages.start("norms")
         order = chosen.norm or norm
         graph = fill_lengths(prunable.graph, wired.wiring, order, fold=chosen.fold)
+        check_finite(model, wired.used)
         stages.start("select")
         keep, chains = chosen.select(graph, int(ratio * graph.num_kernels), _generator(method))
         graph = prunable.graph  # the same without lengths, which are as large as the model
@@ -141,9 +162,12 @@ def iterate(
     Raises:
         ArgumentError: at the call for bad arguments, not at the first step.
     """
-    _check(model, ratio, options.get("method", "lean"), options.get("norm", "spectral"))
+    _check_options(options)
+    _check(model, ratio, **options)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"steps is {steps!r}. Pass a whole number of at least 1.")
+    check_traceable(unwrapped(model))
+    rehearsed(unwrapped(model), example_inputs)
     return (
         prune(model, ratio ** (step / steps), example_inputs, **options)
         for step in range(1, steps + 1)
@@ -163,7 +187,13 @@ def trace(
 
     Arguments and errors are those of `prune`; the model is not changed.
     """
-    _check(model, 1.0, "lean", norm)
+    _check(
+        model,
+        norm=norm,
+        ignore=ignore,
+        prune_outputs=prune_outputs,
+        include_linear=include_linear,
+    )
     model = unwrapped(model)
     with torch.inference_mode(False), _paused_collection():
         traced = trace_model(model, example_inputs)
@@ -171,7 +201,16 @@ def trace(
         return fill_lengths(prunable.graph, wired.wiring, norm)
 
 
-def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
+def _check(
+    model: Any,
+    ratio: Any = 1.0,
+    *,
+    method: Any = "lean",
+    norm: Any = "spectral",
+    ignore: Any = (),
+    progress: Any = None,
+    **flags: Any,
+) -> None:
     """Reject arguments that make no sense, before anything is touched."""
     check_model(model)
     number = isinstance(ratio, Real) and not isinstance(ratio, bool)
@@ -180,10 +219,23 @@ def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
             f"ratio is {ratio!r}. Pass the fraction of kernels to keep, above 0 and at most 1: "
             "0.05 keeps 5 %."
         )
-    if method not in METHODS:
-        raise ArgumentError(f"method is {method!r}. Pass one of {', '.join(METHODS)}.")
-    if norm not in ORDERS:
-        raise ArgumentError(f"norm is {norm!r}. Pass one of {', '.join(ORDERS)}.")
+    for name, value, known in (("method", method, METHODS), ("norm", norm, ORDERS)):
+        if not isinstance(value, str) or value not in known:
+            raise ArgumentError(f"{name} is {value!r}. Pass one of {', '.join(known)}.")
+    for name, value in {**flags, "progress": progress is not None and progress}.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} is {value!r}. Pass True or False.")
+    resolve_ignored(unwrapped(model), ignore)
+
+
+def _check_options(options: Iterable[str]) -> None:
+    """Reject names that `prune` does not know."""
+    known = [p.name for p in signature(prune).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            meant = f" Did you mean {close[0]}?" if close else ""
+            raise ArgumentError(f"{name} is no option.{meant} Pass any of {', '.join(known)}.")
 
 
 @on_cpu()

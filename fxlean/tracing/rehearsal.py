@@ -11,8 +11,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import ArgumentError, TraceError, first_line, some
 from .hooks import watched_hooks
-from .inputs import Arguments, call
+from .inputs import Arguments, as_arguments, call, describe, guesses, names_only
 from .leaves import is_ordinary, replaced, tensors_in
 from .sandbox import running
 
@@ -66,6 +67,48 @@ def rehearse(model: nn.Module, arguments: Arguments) -> Rehearsal:
         args, kwargs = ((), own) if isinstance(own, dict) else (own, {})
         calls.setdefault("", Call(args, kwargs, result))
     return Rehearsal(arguments, calls, frozenset(hooks), watched > len(hooks), dependent)
+
+
+def rehearsed(model: nn.Module, example_inputs: Any = None) -> Rehearsal:
+    """A real run on the example inputs, or on the first of the common sizes that fits.
+
+    Raises:
+        ArgumentError: the model rejects the example inputs that it was given.
+        TraceError: no inputs that were tried fit.
+    """
+    if example_inputs is not None:
+        candidates = [as_arguments(example_inputs)]
+    else:
+        candidates = list(guesses(model))
+    failure: Exception | None = None
+    for arguments in candidates:
+        try:
+            return rehearse(model, arguments)
+        except Exception as err:
+            failure = err
+    assert failure is not None
+    if example_inputs is not None:
+        raise ArgumentError(
+            f"{type(model).__name__} rejects the example inputs {describe(candidates[0])}: "
+            f"{first_line(failure)}. {_next_step(model)}"
+        ) from failure
+    tried = ", ".join(describe(arguments) for arguments in candidates)
+    raise TraceError(
+        f"{type(model).__name__} accepts none of the inputs tried ({tried}); the last failed "
+        f"with: {first_line(failure)}. Pass example_inputs=, a tensor, a tuple of arguments or a "
+        "dict of keyword arguments."
+    ) from failure
+
+
+def _next_step(model: nn.Module) -> str:
+    names = names_only(model)
+    if names:
+        given = ", ".join(f"{name}=..." for name in names)
+        return f"Its forward takes {some(names)} by name: pass example_inputs=dict({given})."
+    return (
+        "Pass example_inputs that model(*example_inputs) accepts, or a dict for "
+        "model(**example_inputs)."
+    )
 
 
 def _record(module: nn.Module, name: str, calls: dict[str, Call]) -> None:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..errors import ArgumentError, FxleanError, PruneWarning, TraceError, some, warn
+from ..errors import ArgumentError, PruneWarning, TraceError, first_line, some, warn
 from .arguments import check_traceable
 from .functions import functions_as_code
 from .hooks import only_hooks
-from .inputs import Arguments, as_arguments, describe, guesses, names_only
+from .inputs import Arguments
 from .leaves import replaced, strangers_in, tensors_in
-from .rehearsal import Call, Rehearsal, rehearse
+from .rehearsal import Call, Rehearsal, rehearsed
 from .sandbox import LOCK, evaluating
 from .witness import Witness, holders, is_symbolic
 
@@ -113,37 +113,6 @@ def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
     return trace
 
 
-def rehearsed(model: nn.Module, example_inputs: Any = None) -> Rehearsal:
-    """A real run on the example inputs, or on the first of the common sizes that fits.
-
-    Raises:
-        ArgumentError: the model rejects the example inputs that it was given.
-        TraceError: no inputs that were tried fit.
-    """
-    if example_inputs is not None:
-        candidates = [as_arguments(example_inputs)]
-    else:
-        candidates = list(guesses(model))
-    failure: Exception | None = None
-    for arguments in candidates:
-        try:
-            return rehearse(model, arguments)
-        except Exception as err:
-            failure = err
-    assert failure is not None
-    if example_inputs is not None:
-        raise ArgumentError(
-            f"{type(model).__name__} rejects the example inputs {describe(candidates[0])}: "
-            f"{_first_line(failure)}. {_next_step(model)}"
-        ) from failure
-    tried = ", ".join(describe(arguments) for arguments in candidates)
-    raise TraceError(
-        f"{type(model).__name__} accepts none of the inputs tried ({tried}); the last failed "
-        f"with: {_first_line(failure)}. Pass example_inputs=, a tensor, a tuple of arguments or a "
-        "dict of keyword arguments."
-    ) from failure
-
-
 def _check_result(model: nn.Module, result: Any) -> None:
     strangers = strangers_in(result)
     if strangers:
@@ -152,17 +121,6 @@ def _check_result(model: nn.Module, result: Any) -> None:
             "them. Return them in tuples, lists, mappings, named tuples or dataclasses, or prune a "
             "submodule, with example_inputs of its own."
         )
-
-
-def _next_step(model: nn.Module) -> str:
-    names = names_only(model)
-    if names:
-        given = ", ".join(f"{name}=..." for name in names)
-        return f"Its forward takes {some(names)} by name: pass example_inputs=dict({given})."
-    return (
-        "Pass example_inputs that model(*example_inputs) accepts, or a dict for "
-        "model(**example_inputs)."
-    )
 
 
 def _trace(model: nn.Module, name: str, rehearsal: Rehearsal, witness: Witness) -> Piece:
@@ -251,7 +209,7 @@ def _trace_children(
     """The largest submodules that trace, after the model as a whole has failed to."""
     calls = rehearsal.calls
     pieces: list[Piece] = []
-    left_out = {type(model).__name__: f"does not trace as a whole: {_first_line(failure)}"}
+    left_out = {type(model).__name__: f"does not trace as a whole: {first_line(failure)}"}
 
     def descend(name: str) -> None:
         module = model.get_submodule(name)
@@ -262,7 +220,7 @@ def _trace_children(
                 piece = _trace(model, name, rehearsal, witness)
             except Exception as err:
                 _forget(err)
-                left_out[name] = f"does not trace as a whole: {_first_line(err)}"
+                left_out[name] = f"does not trace as a whole: {first_line(err)}"
             else:
                 inputs = tuple(tensors_in((calls[name].args, calls[name].kwargs)))
                 outputs = tuple(tensors_in(calls[name].result))
@@ -275,7 +233,7 @@ def _trace_children(
     if not pieces:
         raise TraceError(
             f"neither {type(model).__name__} nor any of its submodules can be traced: "
-            f"{_first_line(failure)}. Prune a submodule that is free of data-dependent Python, "
+            f"{first_line(failure)}. Prune a submodule that is free of data-dependent Python, "
             "with example_inputs of its own."
         ) from failure
     results = tuple(tensors_in(calls[""].result))
@@ -316,10 +274,3 @@ def _forget(err: BaseException | None) -> None:
     while err is not None:
         traceback.clear_frames(err.__traceback__)
         err = err.__cause__ or err.__context__
-
-
-def _first_line(err: BaseException) -> str:
-    lines = str(err).strip().splitlines()
-    if isinstance(err, FxleanError):
-        return lines[0]
-    return f"{type(err).__name__}: {lines[0][:300]}" if lines else type(err).__name__
