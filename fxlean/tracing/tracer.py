@@ -137,7 +137,7 @@ def _trace(model: nn.Module, name: str, rehearsal: Rehearsal, witness: Witness) 
             )
     try:
         piece = _graph(model, name, call, rehearsal.hooks, witness)
-        if not _depends(piece.graph, rehearsal):
+        if _is_faithful(piece.graph, call, rehearsal):
             return piece
     except TraceError:
         raise
@@ -146,8 +146,8 @@ def _trace(model: nn.Module, name: str, rehearsal: Rehearsal, witness: Witness) 
             raise
     # What a hook keeps may be read later on, so that it takes part after all.
     piece = _graph(model, name, call, None, witness)
-    if _depends(piece.graph, rehearsal):
-        raise TraceError("it reads tensors that an earlier call has kept")
+    if not _is_faithful(piece.graph, call, rehearsal):
+        raise TraceError("it does not compute the same in every call")
     return piece
 
 
@@ -196,11 +196,15 @@ def _writes(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def _depends(graph: torch.fx.GraphModule, rehearsal: Rehearsal) -> bool:
-    """Whether a graph holds a constant that was computed from the inputs of the real run."""
-    names = [str(node.target) for node in graph.graph.nodes if node.op == "get_attr"]
-    constants = [getattr(graph, name, None) for name in names]
-    return any(isinstance(c, Tensor) and rehearsal.depends(c) for c in constants)
+def _is_faithful(graph: torch.fx.GraphModule, call: Call, rehearsal: Rehearsal) -> bool:
+    """Whether a graph returns what the real run did, and holds no tensor that is left from it."""
+    nodes = list(graph.graph.nodes)
+    constants = [getattr(graph, str(node.target), None) for node in nodes if node.op == "get_attr"]
+    if any(isinstance(c, Tensor) and rehearsal.depends(c) for c in constants):
+        return False
+    returned = [node.meta["val"] for node in nodes[-1].args[0]]
+    expected = tensors_in(call.result)
+    return [tensor.shape for tensor in returned] == [tensor.shape for tensor in expected]
 
 
 def _trace_children(

@@ -223,6 +223,24 @@ def test_what_a_hook_keeps_for_the_model_is_seen(read):
     assert masks(model) == masks(Skip(None))
 
 
+def test_features_that_hooks_collect_are_results():
+    class Collecting(Between):
+        def forward(self, x):
+            super().forward(x)
+            kept, self.kept = self.kept, {}
+            return list(kept.values())
+
+    torch.manual_seed(0)
+    model = Collecting(lambda module, x: x)
+    model.kept = {}
+    model.first.register_forward_hook(lambda module, args, out: model.kept.update(first=out))
+    model.second.register_forward_hook(lambda module, args, out: model.kept.update(second=out))
+    (piece,) = trace_model(model, IMAGE).pieces
+    shapes = [tuple(node.meta["val"].shape) for node in list(piece.graph.graph.nodes)[-1].args[0]]
+    assert shapes == [(2, 8, 12, 12), (2, 6, 12, 12)]
+    assert model.kept == {}
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
