@@ -12,6 +12,7 @@ from .leaves import CODE, is_ordinary
 
 PLAIN = frozenset({str, int, float, bool, type(None), torch.device, torch.dtype, nn.Parameter})
 LONGEST = 1000  # longer containers are put back, but what is in them is not looked into
+MOST = 10_000  # objects of one module that are looked into; some hold on to a whole trainer
 
 
 class Snapshot:
@@ -48,19 +49,16 @@ class Snapshot:
                     buffer.resize_(value.shape).copy_(value)
 
     def _keep(self, root: Any) -> None:
-        stack = [root]
-        while stack:
-            found = stack.pop()
-            if isinstance(found, tuple):
-                stack += found
-                continue
-            container = _container(found)
+        """Keep what a dictionary of attributes holds, the closest first."""
+        found = [root]
+        for number, thing in enumerate(found):
+            container = thing if isinstance(thing, tuple) else _container(thing)
             if container is None or id(container) in self._contents:
                 continue
             content = _content(container)
             self._contents[id(container)] = (container, content)
-            if len(content) <= LONGEST:
-                stack += [part for part in content if type(part) not in PLAIN]
+            if len(content) <= LONGEST and number < MOST:
+                found += [part for part in content if type(part) not in PLAIN]
 
 
 def _content(container: Any) -> list[Any]:

@@ -168,6 +168,28 @@ def test_values_written_in_place_are_put_back():
     assert {name: id(value) for name, value in model.named_parameters()} == identities
 
 
+def test_resized_buffers_are_put_back():
+    model = plain()
+    model.register_buffer("scale", torch.arange(3.0))
+    with running(model):
+        model.scale.resize_(5).fill_(7)
+    assert model.scale.tolist() == [0.0, 1.0, 2.0]
+
+
+def test_only_what_is_close_to_a_module_is_looked_into():
+    model, chain = plain(), []
+    model.holder = chain
+    for _ in range(30_000):
+        chain.append([])
+        chain = chain[0]
+    model.near, model.far = [1], chain
+    with running(model):
+        model.near.append(2)
+        model[0].training = True
+    assert model.near == [1]
+    assert model[0].training
+
+
 def test_inference_mode_leaves_ordinary_tensors():
     expected, model = plain(), plain()
     fxlean.prune(expected, 0.3, IMAGE)
