@@ -15,7 +15,7 @@ PACKAGE = DOCS.parent / "fxlean"
 FLOORS = """
 errors
 nn
-tracing: sandbox arguments inputs tracer
+tracing: leaves snapshot sandbox arguments inputs functions hooks rehearsal witness tracer
 norms: suprema operator
 channels: graph flow calls weights builder wiring site
 channels.rules: movements positions weighted table

@@ -122,8 +122,9 @@ def report(
 
     Args:
         model: any model; it is not changed.
-        example_inputs: a tensor or a tuple of positional arguments; its spatial size is that of
-            the counted multiply-accumulates. If left out, common sizes are tried.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments;
+            its spatial size is that of the counted multiply-accumulates. If left out, common
+            sizes are tried.
         before: a model to compare with, layer by layer, such as the one that `model` was
             compacted from. It counts as large as it is, whatever its masks; not changed either.
 

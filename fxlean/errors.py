@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 
 class FxleanError(Exception):
@@ -33,3 +36,20 @@ def some(names: Sequence[str]) -> str:
     """The first of some names, and how many more there are; for messages."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def first_line(err: BaseException) -> str:
+    """The type of an error that is not ours, and the first line of its message."""
+    lines = str(err).strip().splitlines()
+    if isinstance(err, FxleanError):
+        return lines[0]
+    return f"{type(err).__name__}: {lines[0][:300]}" if lines else type(err).__name__
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside of the library that has called it."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 2
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("fxlean."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

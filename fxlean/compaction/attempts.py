@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import prune
-from torch.utils import _pytree as pytree
 
-from ..errors import CompactionError, CompactionWarning
+from ..errors import CompactionError, CompactionWarning, warn
 from ..nn import RefreshMasks
 from ..tracing.arguments import check_model, unwrapped
+from ..tracing.inputs import Arguments
+from ..tracing.leaves import replaced
 from ..tracing.sandbox import evaluating, on_cpu
 from ..tracing.tracer import Trace, trace_model
 from .cut import part_of, shrink
@@ -28,6 +29,7 @@ from .verify import Check, copied, inputs_to_compare, outputs
 from .walk import slots_of
 
 
+@torch.inference_mode(False)
 def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """An ordinary model that computes the same with only what pruning has left.
 
@@ -39,8 +41,8 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
 
     Args:
         model: pruned by `prune`, or by anything else that sets weights to zero; not changed.
-        example_inputs: a tensor or a tuple of positional arguments that the model accepts; if
-            left out, common sizes are tried.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments
+            that the model accepts; if left out, common sizes are tried.
 
     Returns:
         A new model, in the same mode (training or not) and on the same device.
@@ -61,7 +63,7 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     bare = copied(model)
     remove_masks(bare)
     trace = trace_model(bare, example_inputs)
-    inputs = inputs_to_compare(trace, example_inputs)
+    inputs = inputs_to_compare(trace.arguments)
     check = Check(model, bare, inputs)
     while True:
         smaller = _smallest(bare, trace, check)
@@ -83,12 +85,11 @@ def _smallest(bare: nn.Module, trace: Trace, check: Check) -> nn.Module:
         problem = check.problem(attempt)
         if not problem:
             if attempt is bare and problems:
-                warnings.warn(
+                warn(
                     f"{type(bare).__name__} keeps its size, for what was cut out of it does not "
                     f"compute the same: {problems[0]}. Masks are permanent all the same. Where "
                     "sizes are written into the code, compute them from shapes.",
                     CompactionWarning,
-                    stacklevel=3,
                 )
             return attempt
         problems.append(problem)
@@ -98,7 +99,7 @@ def _smallest(bare: nn.Module, trace: Trace, check: Check) -> nn.Module:
     )
 
 
-def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
+def _attempts(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[nn.Module]:
     """Ever more careful candidates, down to the model without masks."""
     if is_frozen(bare):
         folded = copied(bare)
@@ -108,19 +109,18 @@ def _attempts(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iter
     yield bare
 
 
-def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[nn.Module]:
+def _cut(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[nn.Module]:
     """Candidates with fewer channels, the smallest first."""
     strangers = slots_of(bare, trace, FOLLOW[0]).strangers
     if strangers:
         try:
             candidate = _rewritten(bare, arguments)
         except Exception as err:  # torch.export refuses many models, in many ways
-            warnings.warn(
+            warn(
                 f"{strangers} pruned convolutions have weights that belong to no layer, and "
                 f"the model cannot be rewritten ({type(err).__name__}: {str(err)[:200]}): they "
                 "keep their size. Make them nn.Conv2d modules, or the model exportable.",
                 CompactionWarning,
-                stacklevel=4,
             )
         else:
             yield candidate
@@ -130,11 +130,11 @@ def _cut(bare: nn.Module, trace: Trace, arguments: tuple[Any, ...]) -> Iterator[
     yield _fitted(_compacted(bare, slots, pinned=True), arguments)
 
 
-def _rewritten(bare: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
+def _rewritten(bare: nn.Module, arguments: Arguments) -> nn.Module:
     """The model as a graph of small layers, tried on inputs of another size as well."""
     model = copied(bare)
     # Export takes a size of 1 for a constant, so it gets larger inputs where they are accepted.
-    larger = pytree.tree_map(_doubled, arguments)
+    larger = replaced(arguments, _doubled)
     try:
         check = Check(model, model, [larger])
     except Exception:  # whatever the model raises at a size that it was not made for
@@ -147,10 +147,8 @@ def _rewritten(bare: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
     return result.train(bare.training)
 
 
-def _doubled(leaf: Any) -> Any:
+def _doubled(leaf: Tensor) -> Tensor:
     """Twice the size in all dimensions but the channels."""
-    if not isinstance(leaf, Tensor):
-        return leaf
     return leaf.repeat([1 if dim == 1 else 2 for dim in range(leaf.dim())])
 
 
@@ -174,7 +172,7 @@ def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
     return result
 
 
-def _fitted(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
+def _fitted(model: nn.Module, arguments: Arguments) -> nn.Module:
     """The model with norms that know how many channels they get; in place.
 
     Those without parameters do not need the number, but instance norms warn where it is another.

@@ -8,52 +8,36 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..errors import ArgumentError
-from ..tracing.inputs import as_arguments
-from ..tracing.sandbox import evaluating
-from ..tracing.tracer import Trace
+from ..tracing.inputs import Arguments, call
+from ..tracing.leaves import replaced, tensors_in
+from ..tracing.sandbox import evaluating, running
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def inputs_to_compare(trace: Trace, example_inputs: Any) -> list[tuple[Any, ...]]:
+def inputs_to_compare(given: Arguments) -> list[Arguments]:
     """The arguments on which outputs are compared: as given, and of random numbers."""
-    if example_inputs is not None:
-        given = as_arguments(example_inputs)
-    elif trace.left_out:
-        raise ArgumentError(
-            f"{', '.join(trace.left_out)} cannot be traced, and so the inputs of the whole model "
-            "are not known. Pass example_inputs."
-        )
-    else:
-        (piece,) = trace.pieces
-        values = [node.meta["val"] for node in piece.input_nodes]
-        device = values[0].device
-        given = tuple(torch.zeros(v.shape, dtype=v.dtype, device=device) for v in values)
     generator = torch.Generator().manual_seed(0)
 
-    def noise(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+    def noise(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
             return leaf
         return torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
 
-    return [given, pytree.tree_map(noise, given)]
+    return [given, replaced(given, noise)]
 
 
 class Check:
     """What candidates are held against: the outputs of a model, and whether it can be trained."""
 
-    def __init__(
-        self, masked: nn.Module, bare: nn.Module, inputs: Sequence[tuple[Any, ...]]
-    ) -> None:
+    def __init__(self, masked: nn.Module, bare: nn.Module, inputs: Sequence[Arguments]) -> None:
         """Run the model.
 
         Args:
             masked: the model.
             bare: the same without masks.
-            inputs: tuples of arguments to run it on.
+            inputs: arguments to run it on.
 
         Raises whatever the model raises.
         """
@@ -90,9 +74,7 @@ def _double(thing: Any) -> Any:
     """A model, or arguments, in double precision."""
     if isinstance(thing, nn.Module):
         return thing.double()
-    return pytree.tree_map_only(
-        Tensor, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, thing
-    )
+    return replaced(thing, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf)
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -105,16 +87,15 @@ def copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def outputs(model: nn.Module, inputs: Sequence[tuple[Any, ...]]) -> list[list[Tensor]]:
+def outputs(model: nn.Module, inputs: Sequence[Arguments]) -> list[list[Tensor]]:
     """The tensors that the model returns, for each of the inputs."""
-    with evaluating(model):
-        results = [model(*copy.deepcopy(arguments)) for arguments in inputs]
-    return [[x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)] for tree in results]
+    with running(model):
+        return [tensors_in(call(model, copy.deepcopy(arguments))) for arguments in inputs]
 
 
 def difference(
     model: nn.Module,
-    inputs: Sequence[tuple[Any, ...]],
+    inputs: Sequence[Arguments],
     expected: Sequence[Sequence[Tensor]],
 ) -> str:
     """What is wrong with a candidate, or an empty string."""
@@ -143,12 +124,12 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
     return ((result - reference).abs().max() / reference.abs().max()).item()
 
 
-def trains(model: nn.Module, arguments: tuple[Any, ...]) -> bool:
+def trains(model: nn.Module, arguments: Arguments) -> bool:
     """Whether the model runs in training mode."""
     with evaluating(model):
         model.train()
         try:
-            model(*copy.deepcopy(arguments))
+            call(model, copy.deepcopy(arguments))
         except Exception:  # batch norms of one value, among others
             return False
     return True

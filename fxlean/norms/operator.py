@@ -58,8 +58,9 @@ def operator_norms(
         or infinite taps has the norm NaN or infinity.
 
     Raises:
-        ArgumentError: no spatial axis, a weight that is not floating or has no data, a stride,
-            dilation or grid below 1, as many strides as there are not axes, an unknown order.
+        ArgumentError: no tensor, no spatial axis, a weight that is not floating or has no data,
+            a stride, dilation or grid below 1, as many strides as there are not axes, an unknown
+            order.
 
     Source: Sedghi, Gupta and Long (2018), arXiv 1805.10408, theorem 6, for one channel.
 
@@ -99,6 +100,11 @@ def operator_norms(
 
 def _check_weight(weight: Tensor) -> None:
     """Refuse a weight that has no kernels to measure."""
+    if not isinstance(weight, Tensor):
+        raise ArgumentError(
+            f"weight is a {type(weight).__name__}; pass a tensor of shape (out, in, *size), such "
+            "as conv.weight"
+        )
     shape = tuple(weight.shape)
     if not weight.is_floating_point():
         raise ArgumentError(

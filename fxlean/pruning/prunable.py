@@ -33,6 +33,7 @@ class Network:
         weights: the weight of each of `graph.layers`.
         blocks: every application of a weight, prunable or not.
         biases: (parameter, flat index, channel), see `Wiring`.
+        used: parameters and buffers that the traced graphs read.
         opaque_ops: operators without a rule, with how often they occurred.
         skipped: layers and parts that are left alone, and why.
     """
@@ -41,6 +42,7 @@ class Network:
     weights: tuple[Weight, ...]
     blocks: Sequence[Block]
     biases: Sequence[tuple[str, Tensor, Tensor]]
+    used: frozenset[str]
     opaque_ops: Mapping[str, int]
     skipped: Mapping[str, str]
 
@@ -87,7 +89,15 @@ def find_prunable(
         pruned.append(_pruned_before(model, weight, layer))
     skipped |= _unreached(model, wired.used)
     graph = wiring.finish(wired.outputs, prunable, torch.cat([torch.zeros(0).bool(), *pruned]))
-    return Network(graph, tuple(weights), wiring.blocks, wiring.biases, wiring.opaque_ops, skipped)
+    return Network(
+        graph,
+        tuple(weights),
+        wiring.blocks,
+        wiring.biases,
+        wired.used,
+        wiring.opaque_ops,
+        skipped,
+    )
 
 
 def _identity(number: int, weight: Weight) -> tuple[Any, ...]:

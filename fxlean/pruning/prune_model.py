@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from inspect import signature
 from numbers import Real
 from typing import Any
 
@@ -16,10 +17,17 @@ from torch import nn
 
 from ..channels.graph import ChannelGraph
 from ..channels.walk import wire
-from ..errors import ArgumentError, PruneWarning
+from ..errors import ArgumentError, PruneWarning, warn
 from ..norms.operator import ORDERS
 from ..selection.methods import METHODS
-from ..tracing.arguments import check_model, resolve_ignored, unwrapped
+from ..tracing.arguments import (
+    check_finite,
+    check_model,
+    check_traceable,
+    resolve_ignored,
+    unwrapped,
+)
+from ..tracing.rehearsal import rehearsed
 from ..tracing.sandbox import on_cpu
 from ..tracing.tracer import Trace, trace_model
 from .lengths import with_norms
@@ -51,8 +59,8 @@ def prune(
         model: any convolutional network, on any device, in any floating-point type.
         ratio: fraction of the prunable kernels to keep, in (0, 1]; kernels that earlier masks
             removed count as pruned. 0.05 keeps 5 %.
-        example_inputs: a tensor or a tuple of positional arguments that the model accepts; if
-            left out, common sizes are tried.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments
+            that the model accepts; if left out, common sizes are tried.
         method: "lean" (longest chains), "path" (complete chains), "spectral" and "l1" (kernels
             with the largest norms), or "random".
         ignore: layers to leave alone: names of modules or parameters, glob patterns, modules or
@@ -74,22 +82,35 @@ def prune(
 
     Warns:
         PruneWarning: operators without a rule were treated as reading and writing everything,
+            the model was traced in parts, something outside of it has kept tensors of the trace,
             or so few kernels are kept that the output does not depend on the input any more.
 
     Source: Schoonhoven, Hendriksen, Pelt and Batenburg, arXiv 2011.06923.
     """
-    _check(model, ratio, method, norm)
+    _check(
+        model,
+        ratio,
+        method=method,
+        norm=norm,
+        ignore=ignore,
+        progress=progress,
+        redundancy=redundancy,
+        prune_outputs=prune_outputs,
+        include_linear=include_linear,
+    )
     model = unwrapped(model)
     chosen = METHODS[method]
     from ..selection.jit import when_compiling  # here, because numba takes long to import
     from ..selection.liveness import used_kernels, zero_channels
 
-    with _paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
+    eager = torch.inference_mode(False)  # masks are to be ordinary tensors
+    with eager, _paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
         stages.start("trace")
         trace = trace_model(model, example_inputs)
         network = _network(model, trace, ignore, prune_outputs, include_linear)
         stages.start("norms")
         graph = with_norms(network, chosen.norm or norm, gains=chosen.gains)
+        check_finite(model, network.used)
         stages.start("select")
         keep, chains = chosen.select(graph, int(ratio * graph.num_kernels), _generator(method))
         graph = network.graph  # the same without lengths, which are as large as the model
@@ -139,9 +160,12 @@ def iterate(
     Raises:
         ArgumentError: at the call for bad arguments, not at the first step.
     """
-    _check(model, ratio, options.get("method", "lean"), options.get("norm", "spectral"))
+    _check_options(options)
+    _check(model, ratio, **options)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"steps is {steps!r}. Pass a whole number of at least 1.")
+    check_traceable(unwrapped(model))
+    rehearsed(unwrapped(model), example_inputs)
     return (
         prune(model, ratio ** (step / steps), example_inputs, **options)
         for step in range(1, steps + 1)
@@ -161,14 +185,29 @@ def trace(
 
     Arguments and errors are those of `prune`; the model is not changed.
     """
-    _check(model, 1.0, "lean", norm)
+    _check(
+        model,
+        norm=norm,
+        ignore=ignore,
+        prune_outputs=prune_outputs,
+        include_linear=include_linear,
+    )
     model = unwrapped(model)
-    with _paused_collection():
+    with torch.inference_mode(False), _paused_collection():
         traced = trace_model(model, example_inputs)
         return with_norms(_network(model, traced, ignore, prune_outputs, include_linear), norm)
 
 
-def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
+def _check(
+    model: Any,
+    ratio: Any = 1.0,
+    *,
+    method: Any = "lean",
+    norm: Any = "spectral",
+    ignore: Any = (),
+    progress: Any = None,
+    **flags: Any,
+) -> None:
     """Reject arguments that make no sense, before anything is touched."""
     check_model(model)
     number = isinstance(ratio, Real) and not isinstance(ratio, bool)
@@ -177,10 +216,23 @@ def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
             f"ratio is {ratio!r}. Pass the fraction of kernels to keep, above 0 and at most 1: "
             "0.05 keeps 5 %."
         )
-    if method not in METHODS:
-        raise ArgumentError(f"method is {method!r}. Pass one of {', '.join(METHODS)}.")
-    if norm not in ORDERS:
-        raise ArgumentError(f"norm is {norm!r}. Pass one of {', '.join(ORDERS)}.")
+    for name, value, known in (("method", method, METHODS), ("norm", norm, ORDERS)):
+        if not isinstance(value, str) or value not in known:
+            raise ArgumentError(f"{name} is {value!r}. Pass one of {', '.join(known)}.")
+    for name, value in {**flags, "progress": progress is not None and progress}.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} is {value!r}. Pass True or False.")
+    resolve_ignored(unwrapped(model), ignore)
+
+
+def _check_options(options: Iterable[str]) -> None:
+    """Reject names that `prune` does not know."""
+    known = [p.name for p in signature(prune).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, known, 1)
+            meant = f" Did you mean {close[0]}?" if close else ""
+            raise ArgumentError(f"{name} is no option.{meant} Pass any of {', '.join(known)}.")
 
 
 @on_cpu()
@@ -228,24 +280,21 @@ def _generator(method: str) -> np.random.Generator:
 def _warn(result: PruneResult) -> None:
     if result.opaque_ops:
         ops = ", ".join(f"{op} ({times(count)})" for op, count in result.opaque_ops.items())
-        warnings.warn(
+        warn(
             f"no rule for {ops}: treated as reading and writing every channel, so nothing before "
             "them counts as redundant. The masks are right; fxlean.register adds a rule.",
             PruneWarning,
-            stacklevel=3,
         )
     if result.selected == 0:
-        warnings.warn(
+        warn(
             f"the ratio leaves none of the {result.total} kernels, so the output is constant. "
             "Keep more.",
             PruneWarning,
-            stacklevel=3,
         )
     elif result.kept == 0:
-        warnings.warn(
+        warn(
             f"the {result.selected} kernels that {result.method} selected connect no input to an "
             "output, so all of them were redundant and the output is constant. Keep more, prune "
             "in several steps with fxlean.iterate, or use method='path', which keeps chains whole.",
             PruneWarning,
-            stacklevel=3,
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Container, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ArgumentError, some
 
@@ -31,6 +32,66 @@ def check_model(model: Any) -> None:
         raise ArgumentError(
             f"parameters are on the meta device and hold no values: {some(meta)}. Load weights "
             "with model.to_empty(device=...) and load_state_dict before pruning."
+        )
+
+
+def check_traceable(model: nn.Module) -> None:
+    """Reject modules and weights that no trace can stand for."""
+    modules = dict(model.named_modules())
+    scripted = [n for n, module in modules.items() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise ArgumentError(
+            f"compiled by TorchScript, which cannot be traced: {some(scripted)}. Prune with the "
+            "original modules in their place, then script them."
+        )
+    quantised = [name for name, module in modules.items() if _quantises(module)]
+    if quantised:
+        raise ArgumentError(
+            f"prepared for quantisation, which resizes buffers as it runs: {some(quantised)}. "
+            "Prune the model before torch.ao.quantization prepares it."
+        )
+    convolutions = {n: m for n, m in modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
+    unreal = [n for n, m in convolutions.items() if any(p.is_complex() for p in m.parameters())]
+    if unreal:
+        raise ArgumentError(
+            f"convolutions with complex weights: {some(unreal)}. Norms are of real kernels: keep "
+            "real and imaginary parts in convolutions of their own."
+        )
+    _check_tensors([*model.named_parameters(), *model.named_buffers()])
+
+
+def _quantises(module: nn.Module) -> bool:
+    """Whether a module observes or imitates quantisation, if anybody has loaded such modules."""
+    fakes = sys.modules.get("torch.ao.quantization.fake_quantize")
+    return fakes is not None and isinstance(module, fakes.FakeQuantizeBase)
+
+
+def _check_tensors(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Reject tensors that compute in their own way."""
+    plain = Tensor.__torch_dispatch__
+    others = {
+        name: tensor for name, tensor in named if type(tensor).__torch_dispatch__ is not plain
+    }
+    if others:
+        kinds = sorted({type(tensor).__name__ for tensor in others.values()})
+        raise ArgumentError(
+            f"{some([*others])}: of type {some(kinds)}, tensors that compute in their own way and "
+            "cannot be traced. Prune the model before they replace its weights (quantisation, "
+            "sharding)."
+        )
+
+
+def check_finite(model: nn.Module, used: Container[str]) -> None:
+    """Reject biases and scales that hold NaN or infinity, among the parameters that are used."""
+    broken = [
+        name.rpartition(".")[0] or name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() < 2 and name in used and not parameter.isfinite().all()
+    ]
+    if broken:
+        raise ArgumentError(
+            f"biases or scales hold NaN or infinity in: {some(broken)}. Repair or reload these "
+            "layers before pruning."
         )
 
 

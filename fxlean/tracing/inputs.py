@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, some
+from .leaves import replaced, strangers_in, tensors_in
 
+# Positional or keyword arguments of a model.
+Arguments: TypeAlias = tuple[Any, ...] | dict[str, Any]
 SIZES = {
     1: ((1024,), (128,), (4096,), (16,), (16384,)),
     2: tuple((n, n) for n in (64, 224, 28, 32, 128, 256, 299, 96, 16, 8, 160, 192, 240, 384, 512)),
@@ -20,27 +22,77 @@ SIZES = {
 }
 
 
-def as_arguments(example_inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as a tuple of positional arguments."""
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(arguments)):
+def as_arguments(example_inputs: Any) -> Arguments:
+    """Example inputs as a tuple of positional arguments or a dictionary of keyword arguments.
+
+    Raises:
+        ArgumentError: they hold no tensor, an empty one, or tensors where no trace sees them.
+    """
+    arguments: Arguments
+    if isinstance(example_inputs, Mapping):
+        arguments = dict(example_inputs)
+    else:
+        arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    strangers = strangers_in(arguments)
+    if strangers:
+        raise ArgumentError(
+            f"example_inputs holds tensors in {some(strangers)}, which is no container that can be "
+            "traced. Pass tensors in tuples, lists, mappings, named tuples or dataclasses."
+        )
+    tensors = tensors_in(arguments)
+    if not tensors:
         raise ArgumentError(
             f"example_inputs holds no tensor but {type(example_inputs).__name__}. Pass a tensor, "
-            "or a tuple of the positional arguments of the model."
+            "a tuple of the positional arguments of the model, or a dict of its keyword arguments."
         )
+    if not all(isinstance(key, str) for key in arguments) and isinstance(arguments, dict):
+        raise ArgumentError(
+            f"example_inputs is a dict with keys {reprlib.repr([*arguments])}, which are no names "
+            "of arguments. Pass (inputs,) for a model that takes a dictionary."
+        )
+    _check_tensors(tensors)
     return arguments
 
 
-def guesses(model: nn.Module) -> Iterator[tuple[Any, ...]]:
+def _check_tensors(tensors: Sequence[Tensor]) -> None:
+    for tensor in tensors:
+        if not tensor.numel() and (tensor.dim() > 2 or len(tensors) == 1):
+            raise ArgumentError(
+                f"example_inputs holds an empty tensor of shape {tuple(tensor.shape)}, on which no "
+                "layer can be seen at work. Pass at least one sample."
+            )
+        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise ArgumentError(
+                f"example_inputs holds a {type(tensor).__name__}, a tensor that computes in its "
+                "own way and cannot be traced. Pass a torch.Tensor."
+            )
+
+
+def call(model: nn.Module, arguments: Arguments) -> Any:
+    """What a model returns for positional or for keyword arguments."""
+    return model(**arguments) if isinstance(arguments, dict) else model(*arguments)
+
+
+def guesses(model: nn.Module) -> Iterator[Arguments]:
     """Inputs of common sizes for a model whose first convolution says channels and dimensions."""
     firsts = _first_convolutions(model)
     signature = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p for p in signature if p.kind in positional and p.default is p.empty]
+    named = names_only(model)
     for sizes in zip(*(SIZES[weight.dim() - 2] for weight, _ in firsts), strict=False):
         for size, (weight, channels) in zip(sizes, firsts, strict=True):
             image = torch.zeros((1, channels, *size), dtype=weight.dtype, device=weight.device)
-            yield (image,) * max(1, len(needed))
+            if named:
+                yield dict.fromkeys([p.name for p in needed] + named, image)
+            else:
+                yield (image,) * max(1, len(needed))
+
+
+def names_only(model: nn.Module) -> list[str]:
+    """Arguments that a model needs, and takes by name only."""
+    signature = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in signature if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def _first_convolutions(model: nn.Module) -> list[tuple[Tensor, int]]:
@@ -66,7 +118,9 @@ def _first_convolutions(model: nn.Module) -> list[tuple[Tensor, int]]:
     return modules[:1] + parameters[:1]
 
 
-def describe(arguments: tuple[Any, ...]) -> str:
+def describe(arguments: Arguments) -> str:
     """The arguments, long ones cut short, with shapes in place of tensors; for messages."""
-    shapes = pytree.tree_map_only(Tensor, lambda tensor: tuple(tensor.shape), arguments)
+    shapes = replaced(arguments, lambda tensor: tuple(tensor.shape))
+    if isinstance(shapes, dict):
+        return ", ".join(f"{name}={reprlib.repr(shape)}" for name, shape in shapes.items())
     return " + ".join(map(reprlib.repr, shapes))

@@ -3,72 +3,70 @@
 from __future__ import annotations
 
 import logging
+import random
+import threading
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .leaves import is_ordinary, tensors_in
+from .snapshot import Snapshot
+
+# Tracing and random states are of the whole process, so one thread at a time has them.
+LOCK = threading.RLock()
 
 
 @contextmanager
 def untouched(model: nn.Module, *, always: bool = True) -> Iterator[None]:
-    """Put back attributes, parameters, buffers, hooks, training flags and RNG state on leaving.
+    """Put back attributes, parameters, buffers, hooks, training flags and random states on leaving.
 
-    With `always=False` only if the block raises. Values that the block writes into tensors in
-    place are put back for buffers, not for parameters and masks, which no forward pass writes.
+    With `always=False` only if the block raises, and random states never. Values that the block
+    writes into tensors in place are put back for buffers, not for parameters and masks.
     """
-    modules = [(module, _shallow(module.__dict__)) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for module, _ in modules for buffer in _written(module)]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    done = False
-    with torch.random.fork_rng(list(devices), enabled=always):
+    with LOCK, _random_states(model, enabled=always):
+        before = Snapshot(model)
+        done = False
         try:
             yield
             done = not always
         finally:
             if not done:
-                for module, saved in modules:
-                    _restore(module.__dict__, saved)
-                for buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.data.copy_(value)
+                before.put_back()
 
 
-def _written(module: nn.Module) -> list[Tensor]:
-    """The module's own buffers that a forward pass may write."""
-    masked = [key.removesuffix("_orig") for key in module._parameters if key.endswith("_orig")]
-    masks = {f"{name}_mask" for name in masked}
-    named = module.named_buffers(recurse=False)
-    return [buffer for name, buffer in named if not buffer.is_meta and name not in masks]
-
-
-def _shallow(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Every attribute with, for containers, a copy of what it holds."""
-    return {
-        key: (value, value.copy() if isinstance(value, dict | list | set) else None)
-        for key, value in attributes.items()
-    }
-
-
-def _restore(attributes: dict[str, Any], saved: dict[str, tuple[Any, Any]]) -> None:
-    attributes.clear()
-    for key, (value, content) in saved.items():
-        if isinstance(value, list):
-            value[:] = content
-        elif isinstance(value, dict | set):
-            value.clear()
-            value.update(content)
-        attributes[key] = value
+@contextmanager
+def _random_states(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Put back the random states of torch, numpy and Python on leaving."""
+    if not enabled:
+        yield
+        return
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one of models
+    with torch.random.fork_rng(list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode without gradients, silent, and everything as before afterwards."""
+    """In eval mode without gradients, silent, as eager code, and everything as before afterwards.
+
+    For tensors without values; `running` is for real ones.
+    """
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints whatever does not fit
     silent = log.disabled
-    with untouched(model), torch.no_grad(), warnings.catch_warnings():
+    eager = torch.inference_mode(False)
+    with untouched(model), eager, torch.no_grad(), warnings.catch_warnings(), _uncompiled():
         warnings.simplefilter("ignore")
         for module in model.modules():
             module.training = False
@@ -77,6 +75,69 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             log.disabled = silent
+
+
+@contextmanager
+def running(model: nn.Module) -> Iterator[None]:
+    """Like `evaluating`, and parameters that the block writes in place are put back as well."""
+    writes = _Writes(model)
+    with evaluating(model), writes:
+        try:
+            yield
+        finally:
+            writes.put_back()
+
+
+class _Writes(TorchDispatchMode):
+    """Keeps the values of parameters and masks from before their first in-place write."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tensors: defaultdict[int, list[Tensor]] = defaultdict(list)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if is_ordinary(tensor):
+                self._tensors[_storage(tensor)].append(tensor.detach())
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run the operator, after a copy of what it is about to overwrite."""
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            given = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
+            for argument in schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for tensor in tensors_in((given | dict(kwargs)).get(argument.name)):
+                        self._keep(tensor)
+        return func(*args, **kwargs)
+
+    def _keep(self, written: Tensor) -> None:
+        if is_ordinary(written):
+            tensors = self._tensors.pop(_storage(written), [])
+            self._before += [(tensor, tensor.clone()) for tensor in tensors]
+
+    def put_back(self) -> None:
+        """Write the values from before."""
+        for tensor, value in self._before:
+            tensor.copy_(value)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run what `torch.compile` has compiled as the code that it was, also in a trace."""
+    nested = torch._dynamo.config.patch(error_on_nested_fx_trace=False)
+    with torch.compiler.set_stance("force_eager"), nested:
+        yield
 
 
 @contextmanager

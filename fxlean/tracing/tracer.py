@@ -1,23 +1,31 @@
 """From a model and example inputs to an ATen-level graph, with the model left as it was found.
 
-Every convolution becomes `aten.convolution`, every shape a constant, and every in-place write a
-pure operator. Nothing is computed: the tensors are fake.
+The model runs once for real, so that its caches fill and Python takes its true way, and then
+with fake tensors. Every convolution becomes `aten.convolution`, every shape a constant, and every
+in-place write a pure operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
-from ..errors import ArgumentError, TraceError
-from .inputs import as_arguments, describe, guesses
-from .sandbox import evaluating
+from ..errors import ArgumentError, PruneWarning, TraceError, first_line, some, warn
+from .arguments import check_traceable
+from .functions import functions_as_code
+from .hooks import only_hooks
+from .inputs import Arguments
+from .leaves import replaced, strangers_in, tensors_in
+from .rehearsal import Call, Rehearsal, rehearsed
+from .sandbox import LOCK, evaluating
+from .witness import Witness, holders, is_symbolic
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,8 @@ class Piece:
         module: name of the submodule, "" for the whole model.
         graph: the graph module; all of its placeholders but the first `len(state)` are inputs.
         state: names of the parameters and buffers behind the first placeholders.
-        inputs, outputs: the tensors of a real run, if there was one, in graph order; they show
-            which pieces feed which.
+        inputs, outputs: the tensors of the real run in graph order, for one of several pieces;
+            they show which pieces feed which.
     """
 
     module: str
@@ -73,12 +81,14 @@ class Trace:
     Attributes:
         pieces: one graph, or one for each submodule that could be traced.
         called: names of the modules that the forward pass calls.
-        results: the tensors that the model returned in the real run, if there was one.
+        arguments: on which the model was traced.
+        results: the tensors that the model returned in the real run, if it is in parts.
         left_out: what could not be traced, and why.
     """
 
     pieces: tuple[Piece, ...]
     called: frozenset[str]
+    arguments: Arguments
     results: tuple[object, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
 
@@ -88,76 +98,107 @@ def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
 
     Args:
         model: any module; it is left exactly as found.
-        example_inputs: a tensor, a tuple of positional arguments, or None to try common sizes.
+        example_inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or
+            None to try common sizes.
 
     Raises:
-        ArgumentError: the model rejects the example inputs that it was given.
+        ArgumentError: the model rejects the example inputs that it was given, or has or returns
+            tensors that cannot be traced.
         TraceError: no inputs that were tried fit, or nothing of the model can be traced.
+
+    Warns:
+        PruneWarning: it was traced in parts, or something outside of it holds traced tensors.
     """
-    if example_inputs is not None:
-        candidates = [as_arguments(example_inputs)]
-    else:
-        candidates = list(guesses(model))
-    failure: Exception | None = None
-    for arguments in candidates:
+    check_traceable(model)
+    with LOCK:
+        rehearsal = rehearsed(model, example_inputs)
+        _check_result(model, rehearsal.calls[""].result)
+        witness = Witness()
         try:
-            piece, called = _trace(model, "", arguments)
-            return Trace((piece,), called)
+            piece = _trace(model, "", rehearsal, witness)
         except Exception as err:
-            failure = err
-        try:
-            calls = _record_calls(model, arguments)
-        except Exception as err:
-            failure = err
-            continue
-        return _trace_children(model, calls, failure)
-    assert failure is not None
-    if example_inputs is not None:
+            _forget(err)
+            trace = _trace_children(model, rehearsal, err, witness)
+            _warn_of_parts(model, trace)
+        else:
+            trace = Trace((piece,), frozenset(rehearsal.calls), rehearsal.arguments)
+        _warn_of_survivors(model, witness)
+    return trace
+
+
+def _check_result(model: nn.Module, result: Any) -> None:
+    strangers = strangers_in(result)
+    if strangers:
         raise ArgumentError(
-            f"{type(model).__name__} rejects the example inputs {describe(candidates[0])}: "
-            f"{_first_line(failure)}. Pass example_inputs that model(*example_inputs) accepts."
-        ) from failure
-    tried = ", ".join(describe(arguments) for arguments in candidates)
-    raise TraceError(
-        f"{type(model).__name__} accepts none of the inputs tried ({tried}); the last failed "
-        f"with: {_first_line(failure)}. Pass example_inputs=, a tensor or a tuple of arguments."
-    ) from failure
+            f"{type(model).__name__} returns tensors in {some(strangers)}, where no trace sees "
+            "them. Return them in tuples, lists, mappings, named tuples or dataclasses, or prune a "
+            "submodule, with example_inputs of its own."
+        )
 
 
-def _trace(model: nn.Module, name: str, arguments: tuple[Any, ...]) -> tuple[Piece, frozenset[str]]:
-    """One module as a graph of pure ATen operators, and the names of the modules it calls.
+def _trace(model: nn.Module, name: str, rehearsal: Rehearsal, witness: Witness) -> Piece:
+    """One module as a graph of pure ATen operators.
 
     Raises whatever the module raises.
     """
+    call = rehearsal.calls[name]
+    for tree in (call.args, call.kwargs, call.result):
+        if strangers_in(tree):
+            raise TraceError(
+                f"{name or type(model).__name__} takes or returns a {some(strangers_in(tree))}, "
+                "which holds tensors that cannot be seen"
+            )
+    try:
+        piece = _graph(model, name, call, rehearsal.hooks, witness)
+        if _is_faithful(piece.graph, call, rehearsal):
+            return piece
+    except TraceError:
+        raise
+    except Exception:
+        if not rehearsal.onlookers:
+            raise
+    # What a hook keeps may be read later on, so that it takes part after all.
+    piece = _graph(model, name, call, None, witness)
+    if not _is_faithful(piece.graph, call, rehearsal):
+        raise TraceError("it does not compute the same in every call")
+    return piece
+
+
+def _graph(
+    model: nn.Module, name: str, call: Call, hooks: frozenset[int] | None, witness: Witness
+) -> Piece:
+    """One module as a graph, with some of the hooks or all of them."""
     module = model.get_submodule(name)
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    leaves, spec = pytree.tree_flatten(arguments)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    values, tensors = list(state.values()), tensors_in((call.args, call.kwargs))
 
-    def run(values: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-        filled = iter(inputs)
-        merged = [next(filled) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        positional = pytree.tree_unflatten(merged, spec)
-        named = dict(zip(state, values, strict=True))
-        result = torch.func.functional_call(module, named, positional)
-        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+    def run(*fakes: Tensor) -> list[Tensor]:
+        filled = iter(fakes[len(state) :])
+        args, kwargs = replaced((call.args, call.kwargs), lambda _: next(filled))
+        named = dict(zip(state, fakes, strict=False))
+        return tensors_in(torch.func.functional_call(module, named, args, kwargs))
 
-    called: set[str] = set()
-    with evaluating(model):
-        for path, child in model.named_modules():
-            child.register_forward_pre_hook(lambda *_, path=path: called.add(path))
-        graph = _pure(run, list(state.values()), tensors)
+    def seen(*fakes: Tensor) -> list[Tensor]:
+        with witness.of(values):
+            result: list[Tensor] = torch.func.functionalize(run)(*fakes)
+            return result
+
+    kept = nullcontext() if hooks is None else only_hooks(model, hooks)
+    with evaluating(model), kept, functions_as_code():
+        graph = _pure(seen, values + tensors)
         if any(_writes(node.target) for node in graph.graph.nodes):
             # Some composite operators, such as circular padding, come apart too late.
-            graph = _pure(torch.fx.Interpreter(graph).run, *state.values(), *tensors)
+            again = torch.func.functionalize(torch.fx.Interpreter(graph).run)
+            graph = _pure(again, values + tensors)
+    if any(is_symbolic(node.meta.get("val")) for node in graph.graph.nodes):
+        raise TraceError("it has values or sizes that depend on the inputs")
     prefix = f"{name}." if name else ""
-    return Piece(name, graph, tuple(prefix + key for key in state)), frozenset(called)
+    return Piece(name, graph, tuple(prefix + key for key in state))
 
 
-def _pure(function: Callable[..., Any], *arguments: Any) -> torch.fx.GraphModule:
-    """A function as a graph of ATen operators, without in-place writes."""
-    pure = torch.func.functionalize(function)
-    traced = make_fx(pure, tracing_mode="fake", _allow_non_fake_inputs=True)
+def _pure(function: Callable[..., Any], arguments: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """A function without in-place writes as a graph of ATen operators."""
+    traced = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)
     graph: torch.fx.GraphModule = traced(*arguments)
     graph.graph.eliminate_dead_code()
     return graph
@@ -168,36 +209,24 @@ def _writes(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Arguments and result of the first call of a submodule in a real run."""
-
-    arguments: tuple[Any, ...]
-    result: Any
-
-
-def _record_calls(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, _Call]:
-    """The first call of every submodule, from running the model once for real."""
-    calls: dict[str, _Call] = {}
-
-    def recorder(name: str) -> Callable[..., None]:
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            if not kwargs:
-                calls.setdefault(name, _Call(args, out))
-
-        return record
-
-    with evaluating(model):
-        for name, module in model.named_modules():
-            module.register_forward_hook(recorder(name), with_kwargs=True)
-        model(*arguments)
-    return calls
+def _is_faithful(graph: torch.fx.GraphModule, call: Call, rehearsal: Rehearsal) -> bool:
+    """Whether a graph returns what the real run did, and holds no tensor that is left from it."""
+    nodes = list(graph.graph.nodes)
+    constants = [getattr(graph, str(node.target), None) for node in nodes if node.op == "get_attr"]
+    if any(isinstance(c, Tensor) and rehearsal.depends(c) for c in constants):
+        return False
+    returned = [node.meta["val"] for node in nodes[-1].args[0]]
+    expected = tensors_in(call.result)
+    return [tensor.shape for tensor in returned] == [tensor.shape for tensor in expected]
 
 
-def _trace_children(model: nn.Module, calls: dict[str, _Call], failure: Exception) -> Trace:
+def _trace_children(
+    model: nn.Module, rehearsal: Rehearsal, failure: Exception, witness: Witness
+) -> Trace:
     """The largest submodules that trace, after the model as a whole has failed to."""
+    calls = rehearsal.calls
     pieces: list[Piece] = []
-    left_out = {type(model).__name__: f"does not trace as a whole: {_first_line(failure)}"}
+    left_out = {type(model).__name__: f"does not trace as a whole: {first_line(failure)}"}
 
     def descend(name: str) -> None:
         module = model.get_submodule(name)
@@ -205,13 +234,14 @@ def _trace_children(model: nn.Module, calls: dict[str, _Call], failure: Exceptio
             return
         if name and name in calls:
             try:
-                piece, _ = _trace(model, name, calls[name].arguments)
+                piece = _trace(model, name, rehearsal, witness)
             except Exception as err:
-                left_out[name] = f"does not trace as a whole: {_first_line(err)}"
+                _forget(err)
+                left_out[name] = f"does not trace as a whole: {first_line(err)}"
             else:
-                inputs = _tensors(calls[name].arguments)
-                outputs = _tensors(calls[name].result)
-                pieces.append(Piece(name, piece.graph, piece.state, inputs, outputs))
+                inputs = tuple(tensors_in((calls[name].args, calls[name].kwargs)))
+                outputs = tuple(tensors_in(calls[name].result))
+                pieces.append(replace(piece, inputs=inputs, outputs=outputs))
                 return
         for child, _ in module.named_children():
             descend(f"{name}.{child}" if name else child)
@@ -220,17 +250,44 @@ def _trace_children(model: nn.Module, calls: dict[str, _Call], failure: Exceptio
     if not pieces:
         raise TraceError(
             f"neither {type(model).__name__} nor any of its submodules can be traced: "
-            f"{_first_line(failure)}. Prune a submodule that is free of data-dependent Python, "
+            f"{first_line(failure)}. Prune a submodule that is free of data-dependent Python, "
             "with example_inputs of its own."
         ) from failure
-    results = _tensors(calls[""].result) if "" in calls else ()
-    return Trace(tuple(pieces), frozenset(calls), results, left_out)
+    results = tuple(tensors_in(calls[""].result))
+    return Trace(tuple(pieces), frozenset(calls), rehearsal.arguments, results, left_out)
 
 
-def _tensors(tree: Any) -> tuple[object, ...]:
-    return tuple(leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+def _warn_of_parts(model: nn.Module, trace: Trace) -> None:
+    (name, reason), *others = trace.left_out.items()
+    more = f" Nor do {some([other for other, _ in others])}." if others else ""
+    warn(
+        f"{name} {reason}. So its parts were traced one by one ({some(_names(trace))}), and what "
+        f"Python does between them is not seen.{more} Masks are safe, but may differ from those "
+        "of the whole: pass tensors through forward without looking at their values.",
+        PruneWarning,
+    )
 
 
-def _first_line(err: BaseException) -> str:
-    lines = str(err).strip().splitlines()
-    return f"{type(err).__name__}: {lines[0][:300]}" if lines else type(err).__name__
+def _names(trace: Trace) -> list[str]:
+    return [piece.module for piece in trace.pieces]
+
+
+def _warn_of_survivors(model: nn.Module, witness: Witness) -> None:
+    alive = witness.survivors()
+    if alive:
+        shapes = list(dict.fromkeys(str(tuple(tensor.shape)) for tensor in alive))
+        found = holders()
+        where = f"in {some(found)}" if found else "outside of its modules"
+        warn(
+            f"{type(model).__name__} has kept tensors of the trace, which have no values, {where} "
+            f"(shapes: {some(shapes)}). The masks are right, but clear what keeps them before "
+            "you run the model.",
+            PruneWarning,
+        )
+
+
+def _forget(err: BaseException | None) -> None:
+    """Let go of the tensors in the frames of an error, and keep where it happened."""
+    while err is not None:
+        traceback.clear_frames(err.__traceback__)
+        err = err.__cause__ or err.__context__

@@ -427,6 +427,7 @@ ERRORS = [  # weight, arguments, what the message says
     (KERNELS, {"dilation": 0}, "dilation is 0"),
     (KERNELS, {"dilation": (2,)}, r"dilation is \(2,\).*or 2 of them"),
     (KERNELS, {"order": "fro"}, "order is 'fro'.*'spectral', 'frobenius', 'nuclear', 'l1'"),
+    ("w", {}, r"^weight is a str; pass a tensor of shape \(out, in, \*size\)"),
     (KERNELS, {"grid": 0}, "grid is 0; .*>= 1"),
     (KERNELS, {"grid": 2.5}, "grid is 2.5; .*>= 1"),
 ]

@@ -29,6 +29,23 @@ def assert_unchanged(model, before):
     assert torch.equal(torch.get_rng_state(), rng)
 
 
+class Doubled(torch.Tensor):
+    """A tensor that computes in its own way."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Doubled(args[0].inner)
+        raise NotImplementedError
+
+
 def with_weight(value):
     model, inputs = make("residual")
     convolutions = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
@@ -47,6 +64,11 @@ def with_weight(value):
         ({"ratio": "0.5"}, r"ratio is '0\.5'\. "),
         ({"ratio": True}, r"ratio is True\. "),
         ({"method": "lan"}, r"method is 'lan'\. Pass one of lean, path, spectral, l1, random"),
+        ({"method": ["lean"]}, r"method is \['lean'\]\. Pass one of lean, path"),
+        ({"redundancy": "no"}, r"redundancy is 'no'\. Pass True or False"),
+        ({"prune_outputs": 1}, r"prune_outputs is 1\. Pass True or False"),
+        ({"include_linear": None}, r"include_linear is None\. Pass True or False"),
+        ({"progress": "bar"}, r"progress is 'bar'\. Pass True or False"),
         ({"norm": "l7"}, r"norm is 'l7'\. Pass one of spectral, frobenius, nuclear, l1"),
         (
             {"ignore": ["stem", "*.nope"]},
@@ -54,6 +76,11 @@ def with_weight(value):
         ),
         ({"ignore": nn.Linear(1, 1)}, r"match nothing"),
         ({"ignore": nn.Conv3d}, r"match nothing"),
+        ({"example_inputs": torch.zeros(0, 3, 8, 8)}, r"empty tensor .*Pass at least one sample"),
+        (
+            {"example_inputs": Doubled(torch.zeros(1, 3, 8, 8))},
+            r"holds a Doubled, .*Pass a torch\.T",
+        ),
         ({"ignore": 5}, r"match nothing in Sequential: 5\. Pass names"),
         ({"ignore": [None]}, r"match nothing in Sequential: None\. "),
         ({"example_inputs": "image"}, r"example_inputs holds no tensor but str\. Pass a tensor"),
@@ -69,6 +96,26 @@ def test_bad_arguments(arguments, message):
     given = {"ratio": 0.5, "example_inputs": inputs, **arguments}
     with pytest.raises(fxlean.ArgumentError, match=message):
         fxlean.prune(model, **given)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metod": "lean"}, r"^metod is no option\. Did you mean method\? Pass any of method, ig"),
+        ({"xyz": 1}, r"^xyz is no option\. Pass any of method, ignore"),
+        ({"ignore": "nope"}, r"match nothing in Sequential: 'nope'"),
+        ({"method": {}}, r"method is \{\}\. Pass one of"),
+        ({"redundancy": "no"}, r"redundancy is 'no'"),
+        ({"example_inputs": "image"}, r"holds no tensor but str"),
+        ({"example_inputs": torch.zeros(1, 7, 8, 8)}, r"rejects the example inputs"),
+    ],
+)
+def test_iterate_complains_at_the_call(options, message):
+    model, inputs = make("residual")
+    before = snapshot(model)
+    with pytest.raises(fxlean.ArgumentError, match=message):
+        fxlean.iterate(model, 0.5, 3, **{"example_inputs": inputs, **options})
     assert_unchanged(model, before)
 
 
@@ -88,9 +135,45 @@ def test_weights_that_are_no_numbers(value):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_biases_that_are_no_numbers(value):
+    model, inputs = make("classifier")
+    with torch.no_grad():
+        model[0][1].bias[1] = value
+    before = snapshot(model)
+    with pytest.raises(fxlean.ArgumentError, match=r"biases .* NaN or infinity in: 0\.1\. Repair"):
+        fxlean.prune(model, 0.5, inputs)
+    assert_unchanged(model, before)
+
+
+def with_strange_weight():
+    model, _ = make("residual")
+    model[0][0].weight = nn.Parameter(Doubled(model[0][0].weight.detach()))
+    return model
+
+
+def with_script():
+    model, _ = make("residual")
+    model[0][2] = torch.jit.script(nn.ReLU())
+    return model
+
+
+def quantisation_aware():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
+    return torch.ao.quantization.prepare_qat(model)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)).to(torch.complex64),
+            r"complex weights: 0, 1\. .*keep real and imaginary parts",
+        ),
+        (with_strange_weight, r"0\.0\.weight: of type Doubled, .*Prune the model before"),
+        (with_script, r"compiled by TorchScript.*: 0\.2\. Prune with the original modules"),
+        (quantisation_aware, r"prepared for quantisation.*: 0\..*Prune the model before torch\.ao"),
         (lambda: "resnet18", r"model is a str\. Pass a torch\.nn\.Module"),
         (lambda: nn.Linear(3, 4), r"Linear has no parameter that could be a convolution kernel"),
         (lambda: nn.Conv2d(3, 4, 3), r"no convolution to prune \(.*produces the model's output"),
@@ -103,10 +186,19 @@ def test_weights_that_are_no_numbers(value):
         (lambda: torch.jit.script(nn.Conv2d(3, 4, 3)), r"TorchScript.*Prune the original module"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*", "ignore:Lazy modules")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script.*",
+    "ignore:Lazy modules",
+    "ignore:Complex modules",
+    "ignore:torch.ao.quantization",
+    "ignore:Please use quant_min",
+)
 def test_models_that_cannot_be_pruned(build, message):
+    model = build()
+    before = copy.copy(vars(model)) if isinstance(model, nn.Module) else {}
     with pytest.raises(fxlean.ArgumentError, match=message):
-        fxlean.prune(build(), 0.5)
+        fxlean.prune(model, 0.5)
+    assert not before or vars(model) == before
 
 
 def test_no_size_fits():

@@ -7,6 +7,7 @@ and tell what is copied from them. Importing this registers the device with torc
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from typing import Any
 
@@ -125,7 +126,8 @@ def moved(model: nn.Module, *, to_toy: bool) -> nn.Module:
 def trace_on_cpu(model: nn.Module, example_inputs: Any = None) -> tracer.Trace:
     """The trace of a copy: fake tensors cannot stand for those of the device."""
     inputs = pytree.tree_map_only(Toy, on_host, example_inputs)
-    return tracer.trace_model(moved(model, to_toy=False), inputs)
+    trace = tracer.trace_model(moved(model, to_toy=False), inputs)
+    return dataclasses.replace(trace, arguments=example_inputs)
 
 
 def check(name: str) -> None:

@@ -1,5 +1,7 @@
 """Tracing leaves models as they were, finds inputs that fit, and goes child by child if it must."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,11 +182,20 @@ def test_functional_convolutions_tell_the_channels_too():
 
 
 @pytest.mark.parametrize(
-    "inputs", [{"image": IMAGE}, ([IMAGE, IMAGE],), (IMAGE, 3, None), IMAGE, [IMAGE]]
+    ("inputs", "arguments"),
+    [
+        ({"image": IMAGE}, {"image": IMAGE}),
+        (OrderedDict(image=IMAGE), {"image": IMAGE}),
+        (({"image": IMAGE},), ({"image": IMAGE},)),
+        (([IMAGE, IMAGE],), ([IMAGE, IMAGE],)),
+        ((IMAGE, 3, None), (IMAGE, 3, None)),
+        (IMAGE, (IMAGE,)),
+        ([IMAGE], ([IMAGE],)),
+    ],
 )
-def test_arguments_are_a_tuple(inputs):
-    arguments = as_arguments(inputs)
-    assert arguments == inputs if isinstance(inputs, tuple) else arguments[0] is inputs
+def test_arguments_are_positional_or_named(inputs, arguments):
+    assert type(as_arguments(inputs)) is type(arguments)
+    assert as_arguments(inputs) == arguments
 
 
 class Stubborn(nn.Module):
@@ -206,7 +217,12 @@ def test_a_model_that_does_not_trace_is_traced_by_its_children():
     torch.manual_seed(0)
     model = Stubborn()
     before = snapshot(model)
-    trace = trace_model(model, IMAGE)
+    with pytest.warns(
+        fxlean.PruneWarning,
+        match=r"^Stubborn does not trace .*: Python looks at values.*\(stem, body, head\)",
+    ) as caught:
+        trace = trace_model(model, IMAGE)
+    assert caught[0].filename == __file__
     assert_unchanged(model, before)
     assert [piece.module for piece in trace.pieces] == ["stem", "body", "head"]
     for before_piece, after_piece in zip(trace.pieces, trace.pieces[1:], strict=False):
@@ -215,6 +231,7 @@ def test_a_model_that_does_not_trace_is_traced_by_its_children():
     assert {"", "stem", "stem.0", "body", "head", "head.1"} <= trace.called
 
 
+@pytest.mark.filterwarnings("ignore:Stubborn does not trace")
 def test_children_are_linked_as_in_the_whole():
     torch.manual_seed(0)
     model = Stubborn()
@@ -254,7 +271,7 @@ def test_a_model_without_any_part_that_traces():
             r"^Sequential rejects .*\(1, 5, 8, 8\): RuntimeError: .* Pass ex",
         ),
         ((IMAGE, IMAGE), r"rejects .*\(1, 3, 16, 16\) \+ \(1, 3, 16, 16\): TypeError"),
-        (3, r"^example_inputs holds no tensor but int\. Pass a tensor, or a tuple of"),
+        (3, r"^example_inputs holds no tensor but int\. Pass a tensor, a tuple of"),
         ((), r"^example_inputs holds no tensor but tuple\."),
     ],
 )

@@ -17,6 +17,7 @@ from ...channels.calls import operator_of
 from ...channels.rules.movements import moves
 from ...channels.weights import Constants, attribute
 from ...nn import PaddedCat
+from ...tracing.inputs import Arguments
 from ...tracing.sandbox import on_cpu
 from .layers import ExportedLayer, key_of, layers_of
 from .needs import DROPPED, Channels, Made, follow, needed
@@ -24,7 +25,7 @@ from .needs import DROPPED, Channels, Made, follow, needed
 aten = torch.ops.aten
 
 
-def rewritten(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
+def rewritten(model: nn.Module, arguments: Arguments) -> nn.Module:
     """A graph of small layers that computes what the model does in eval mode.
 
     Args:
@@ -33,11 +34,13 @@ def rewritten(model: nn.Module, arguments: tuple[Any, ...]) -> nn.Module:
 
     Raises whatever `torch.export` raises.
     """
+    args, kwargs = ((), arguments) if isinstance(arguments, dict) else (arguments, {})
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = export(
             model,
-            arguments,
+            args,
+            kwargs,
             dynamic_shapes=pytree.tree_map(_free, arguments),
         ).run_decompositions({})
         source = program.module()
