@@ -84,19 +84,42 @@ def _smallest(bare: nn.Module, trace: Trace, check: Check) -> nn.Module:
     for attempt in _attempts(bare, trace, check.arguments):
         problem = check.problem(attempt)
         if not problem:
-            if attempt is bare and problems:
-                warn(
-                    f"{type(bare).__name__} keeps its size, for what was cut out of it does not "
-                    f"compute the same: {problems[0]}. Masks are permanent all the same. Where "
-                    "sizes are written into the code, compute them from shapes.",
-                    CompactionWarning,
-                )
+            if _size(attempt) == _size(bare):
+                _explain(bare, trace, problems)
             return attempt
         problems.append(problem)
     raise CompactionError(
         f"{type(bare).__name__} without masks differs from the masked model: {problems[-1]}. "
         "Compact it in eval mode, on example_inputs for which its outputs are the same every time."
     )
+
+
+def _size(model: nn.Module) -> int:
+    """Number of elements of all parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _explain(bare: nn.Module, trace: Trace, problems: list[str]) -> None:
+    """Say why a model with pruned kernels keeps its size."""
+    applications = slots_of(bare, trace, FOLLOW[0]).applications
+    name, dead = type(bare).__name__, sum(int(a.result.zero.sum()) for a in applications)
+    if problems:
+        reason = (
+            f"for what was cut out of it does not compute the same: {problems[0]}. Where sizes are "
+            "written into the code, compute them from shapes."
+        )
+    elif dead:
+        reason = (
+            f"for its {dead:,} dead channels share their places with live ones: through additions, "
+            "groups, or operators that need all channels. Prune further."
+        )
+    else:
+        reason = (
+            "for every channel still carries something: pruning has taken single kernels, and all "
+            "of no channel. Prune further, or by a method that leaves whole channels ('lean')."
+        )
+    if problems or not all(bool(a.nonzero.all()) for a in applications):
+        warn(f"{name} keeps its size, {reason}", CompactionWarning)
 
 
 def _attempts(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from ..tracing.leaves import replaced, tensors_in
 from ..tracing.sandbox import evaluating, running
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+WIDER = 32  # what strides divide
 
 
 def inputs_to_compare(given: Arguments) -> list[Arguments]:
@@ -37,13 +39,17 @@ class Check:
         Args:
             masked: the model.
             bare: the same without masks.
-            inputs: arguments to run it on.
+            inputs: arguments to run it on; the first are tried at another size as well.
 
         Raises whatever the model raises.
         """
         self.arguments = inputs[0]
-        self._bare, self._inputs = bare, inputs
+        self._bare, self._inputs = bare, [*inputs]
         self._expected = outputs(masked, inputs)
+        wider = replaced(inputs[0], _wider)
+        with contextlib.suppress(Exception):  # many models are made for one size
+            self._expected += outputs(masked, [wider])
+            self._inputs.append(wider)
         self._trains: bool | None = None
 
     def problem(self, candidate: nn.Module) -> str:
@@ -68,6 +74,15 @@ class Check:
             return not difference(_double(copied(candidate)), wide, expected)
         except Exception:  # a model that has its type written into its code
             return False
+
+
+def _wider(leaf: Tensor) -> Tensor:
+    """Noise of the same shape but for the last dimension, which Python may look at."""
+    if leaf.dim() < 3 or not leaf.is_floating_point():
+        return leaf
+    generator = torch.Generator().manual_seed(0)
+    shape = (*leaf.shape[:-1], leaf.shape[-1] + WIDER)
+    return torch.randn(shape, generator=generator, device="cpu").to(leaf)
 
 
 def _double(thing: Any) -> Any:

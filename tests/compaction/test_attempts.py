@@ -30,7 +30,10 @@ from tests.support.zoo import ZOO, make
 METHODS = ("lean", "path", "l1", "random")
 # At low ratios little is left of small networks; torch.export warns about itself.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::fxlean.PruneWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning",
+    "ignore::fxlean.PruneWarning",
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
 )
 
 
@@ -368,3 +371,61 @@ def test_one_input_channel_does_not_make_a_convolution_depthwise():
     small = compact(model, x)
     assert worst_error(small(x), model(x)) < 1e-5
     assert parameters(small) == 9 + 9 + 5
+
+
+class Wide(nn.Module):
+    """Takes another way with wide images."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide, self.last = conv(3, 8), conv(3, 8), conv(8, 2)
+
+    def forward(self, x):
+        return self.last(self.wide(x) if x.shape[-1] > 20 else self.narrow(x))
+
+
+def test_python_that_looks_at_sizes_is_found_out_at_another_size():
+    torch.manual_seed(0)
+    model, x = Wide().eval(), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        model.narrow.weight[2:] = 0
+    with pytest.warns(CompactionWarning, match="Wide keeps its size, for what was cut out of it"):
+        small = compact(model, x)
+    for size in (16, 40):
+        x = torch.randn(1, 3, 16, size)
+        assert worst_error(small(x), model(x)) < 1e-5
+
+
+class Choosing(nn.Module):
+    """Returns where scores are largest, which rounding decides where they are equal."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 1, 1)
+
+    def forward(self, x):
+        scores = self.last(self.first(x)).flatten(1)
+        return scores.double().round(decimals=6).topk(5, 1).values.float() * 1e6 % 7
+
+
+def test_what_differs_by_rounding_is_compared_in_double_precision():
+    torch.manual_seed(0)
+    model, x = Choosing().eval(), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        for parameter in model.first.parameters():
+            parameter[::2] = 0
+    assert compact(model, x).first.out_channels == 16
+
+
+@pytest.mark.filterwarnings("default::fxlean.CompactionWarning")
+def test_a_model_that_keeps_its_size_says_why():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 2, 3)), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        model[0].weight[:, 0] = 0
+    with pytest.warns(CompactionWarning, match="keeps its size, for every channel still carries"):
+        compact(model, x)
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0] = 0, 0
+    with pytest.warns(CompactionWarning, match="keeps its size, for its 1 dead channels share"):
+        compact(model, x)

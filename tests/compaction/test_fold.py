@@ -12,7 +12,10 @@ from tests.support.blocks import conv
 from tests.support.compare import worst_error
 from tests.support.zoo import ZOO, make, randomise_norms
 
-pytestmark = pytest.mark.filterwarnings("ignore::fxlean.PruneWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning",
+    "ignore::fxlean.PruneWarning",
+)
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))

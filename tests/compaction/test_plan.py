@@ -20,7 +20,10 @@ from fxlean.nn import Selected
 from fxlean.tracing.tracer import trace_model
 from tests.support.blocks import conv_bn, conv_bn_relu, residual
 
-pytestmark = pytest.mark.filterwarnings("ignore::fxlean.PruneWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning",
+    "ignore::fxlean.PruneWarning",
+)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=120))

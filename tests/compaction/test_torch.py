@@ -56,7 +56,11 @@ COMPILER = "inductor" if shutil.which("g++") else "aot_eager"
 HALVES = {torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 # torch.export warns about itself.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning",
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
+)
 
 
 def original(name, dtype=torch.float32):

@@ -41,6 +41,7 @@ NAMES = sorted(
 METHODS = dict(zip(NAMES, itertools.cycle(("lean", "path")), strict=False))
 
 pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning",
     "ignore::fxlean.PruneWarning",
     "ignore:The default weight initialization of:FutureWarning",
 )
