@@ -20,7 +20,7 @@ norms: suprema operator
 channels: graph flow weights wiring site
 channels.rules: movements positions weighted table
 channels: walk
-selection: jit ranking liveness chains paths methods
+selection: jit rows ranking liveness chains paths methods
 pruning: prunable lengths masks progress result prune_model
 compaction: slots cut plan rules walk fold
 compaction.exported: layers needs writer

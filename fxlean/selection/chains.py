@@ -34,9 +34,9 @@ from numpy.typing import NDArray
 
 from ..channels.graph import ChannelGraph
 from .jit import jit
-from .ranking import fill_largest, kernel_scores, log2_ceiling
+from .ranking import fill_largest, kernel_scores
+from .rows import NONE, log2_ceiling, rows_of
 
-_NONE = -np.inf  # the logarithm of a length that does not exist
 _BELOW = -1e-300  # just below 0: whatever exceeds it is a product of at least 1
 _SLACK = 0.25  # how much farther than needed today a head reaches, in log2
 
@@ -55,7 +55,7 @@ _CHANNEL = np.dtype(
         ("source_start", np.int64),
         ("head_start", np.int64),
         ("head_size", np.int32),
-        ("group", np.int32),  # consecutive rows with the same sources have one number
+        ("bundle", np.int32),  # consecutive rows with the same sources have one number
         ("cutoff", np.float64),  # every edge of at least this logarithm is in the head
         ("size", np.int32),
         ("room", np.int32),
@@ -64,7 +64,7 @@ _CHANNEL = np.dtype(
     ]
 )
 _ENTRY = np.dtype([("key", np.float64), ("id", np.int32)])
-_GROUP = np.dtype([("leader", np.int64), ("largest", np.float64)])  # largest value of its sources
+_BUNDLE = np.dtype([("leader", np.int64), ("largest", np.float64)])  # largest value of its sources
 
 
 def longest_chains(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_], int]:
@@ -92,11 +92,12 @@ def longest_chains(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_],
     taken = ~graph.alive
     chains = 0
     if budget > 0:
+        rows = rows_of(graph)
         chains = _extract(
             _records(graph),
-            graph.sources.view(np.uint32),
-            graph.lengths,
-            graph.lengths.view(np.int32),
+            rows.sources,
+            rows.lengths,
+            rows.bits,
             taken,
             budget,
             np.empty(graph.num_edges, dtype=_ENTRY),
@@ -120,7 +121,7 @@ def _records(graph: ChannelGraph) -> NDArray[np.void]:
     changes = np.zeros(graph.num_channels, dtype=bool)
     for name in ("size", "source_start", "prunable"):
         changes[1:] |= channels[name][1:] != channels[name][:-1]
-    channels["group"] = np.cumsum(changes)
+    channels["bundle"] = np.cumsum(changes)
     return channels
 
 
@@ -135,7 +136,7 @@ def _extract(channels, sources, lengths, bits, taken, budget, heads):
     n = len(channels)
     # What an edge multiplies: row 0 for fixed edges, row 1 (at least 0) for prunable ones.
     values = np.empty((2, n))
-    values[0], values[1] = _NONE, 0.0
+    values[0], values[1] = NONE, 0.0
     ends = np.empty(n, dtype=_ENTRY)
     count = zero
     for v in range(n):
@@ -145,11 +146,11 @@ def _extract(channels, sources, lengths, bits, taken, budget, heads):
             count += 1
     for place in range(count // 2 - 1, -1, -1):
         _sift_down(ends, zero, count, place)
-    groups = np.empty(n, dtype=_GROUP)
-    for g in range(n):
-        groups[g].leader, groups[g].largest = 0, np.inf
+    bundles = np.empty(n, dtype=_BUNDLE)
+    for b in range(n):
+        bundles[b].leader, bundles[b].largest = 0, np.inf
     used = zero  # entries of `heads` in use
-    path = np.empty(n, dtype=np.int32)
+    chain = np.empty(n, dtype=np.int32)
     chains = found = zero
     while count > 0 and found < budget:
         end = np.int64(ends[0].id)
@@ -163,12 +164,12 @@ def _extract(channels, sources, lengths, bits, taken, budget, heads):
             found += _take(channels, end, values, taken)
             chains += 1
         else:
-            v = _refresh(channels, end, values, sources, taken, groups, heads, chains, path)
-            if v >= 0 and not _lower_bound(channels[v], values, sources, groups):
+            v = _refresh(channels, end, values, sources, taken, bundles, heads, chains, chain)
+            if v >= 0 and not _lower_bound(channels[v], values, sources, bundles):
                 c = channels[v]
                 _compare_row(c, v, values, sources, lengths, bits, taken)
                 if values[0, v] >= 0:
-                    largest = groups[c.group].largest
+                    largest = bundles[c.bundle].largest
                     c.cutoff = max(values[0, v] - _SLACK, 0.0) - largest
                     used = _sort_head(c, lengths, bits, taken, heads, used)
     return chains
@@ -188,7 +189,7 @@ def _take(channels, v, values, taken):
 
 
 @jit
-def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
+def _refresh(channels, v, values, sources, taken, bundles, heads, epoch, chain):
     """Bring the chain that ends at channel v up to date, from its start to its end.
 
     Channels found exact are marked with the epoch. Returns -1, or the first channel whose head
@@ -199,7 +200,7 @@ def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
     length, stale = 0, -1
     while values[0, v] >= 0 and channels[v].epoch != epoch:
         c = channels[v]
-        path[length] = v
+        chain[length] = v
         if c.held != values[c.prunable, c.source] or (
             c.prunable == 1 and taken[c.kernel_start + c.edge]
         ):
@@ -207,19 +208,19 @@ def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
         length += 1
         v = c.source
     for i in range(stale + 1, length):
-        channels[path[i]].epoch = epoch
+        channels[chain[i]].epoch = epoch
     for i in range(stale, -1, -1):
-        v = path[i]
+        v = chain[i]
         c = channels[v]
         value = c.step + values[c.prunable, c.source]
         if value <= c.second or (c.prunable == 1 and taken[c.kernel_start + c.edge]):
-            largest = groups[c.group].largest
+            largest = bundles[c.bundle].largest
             rest = c.cutoff + largest  # upper bound of what the head does not contain
             value, second, edge, step = _BELOW, _BELOW, -1, 0.0
             for place in range(c.head_start, c.head_start + c.head_size):
                 log, j = heads[place].key, heads[place].id
                 if log + largest < second or (log + largest == second and j > edge >= 0):
-                    rest = _NONE
+                    rest = NONE
                     break
                 other = log + values[c.prunable, sources[c.source_start + j]]
                 if other >= second and not (c.prunable == 1 and taken[c.kernel_start + j]):
@@ -233,7 +234,7 @@ def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
                 c.edge, c.step, c.second = edge, step, max(second, rest)
                 c.source = sources[c.source_start + edge]
         if value < 0:
-            values[0, v], values[1, v] = _NONE, 0.0
+            values[0, v], values[1, v] = NONE, 0.0
         else:
             values[0, v], values[1, v], c.held = value, value, values[c.prunable, c.source]
             if values[0, c.source] < 0 or channels[c.source].epoch == epoch:
@@ -242,16 +243,16 @@ def _refresh(channels, v, values, sources, taken, groups, heads, epoch, path):
 
 
 @jit
-def _lower_bound(c, values, sources, groups):
+def _lower_bound(c, values, sources, bundles):
     """Lower the largest source value of a row to what it is now; False if it is already."""
-    group = groups[c.group]
-    if values[c.prunable, group.leader] == group.largest:
+    bundle = bundles[c.bundle]
+    if values[c.prunable, bundle.leader] == bundle.largest:
         return False
-    group.largest = _NONE
+    bundle.largest = NONE
     for j in range(c.source_start, c.source_start + c.size):
         u = sources[j]
-        if values[c.prunable, u] > group.largest:
-            group.leader, group.largest = u, values[c.prunable, u]
+        if values[c.prunable, u] > bundle.largest:
+            bundle.leader, bundle.largest = u, values[c.prunable, u]
     return True
 
 
@@ -271,7 +272,7 @@ def _compare_row(c, v, values, sources, lengths, bits, taken):
                 else:
                     second = value
     if edge < 0:
-        values[0, v], values[1, v] = _NONE, 0.0
+        values[0, v], values[1, v] = NONE, 0.0
     else:
         c.edge, c.second, c.source = edge, second, sources[start + edge]
         c.held = values[prunable, c.source]

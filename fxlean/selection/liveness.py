@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..channels.graph import ChannelGraph
-from .jit import jit
+from ..channels.graph import ChannelGraph, Kind
+from .jit import inlined, jit
+from .rows import rows_of
 
 
 def zero_channels(
@@ -24,25 +25,17 @@ def zero_channels(
         Shape (n,), True for zero channels. Channels of one group are zero together or not at
         all, since they share what has to be masked.
     """
+    rows = rows_of(graph)
     blocked = np.zeros(graph.num_channels, dtype=bool)
     while True:
-        zero, candidate = _sweep_zero(
-            graph.sizes,
-            graph.source_start,
-            graph.kernel_start,
-            graph.sources,
-            graph.kinds,
-            keep,
-            blocked,
-            redundancy,
-        )
-        alive_groups = np.unique(graph.groups[~candidate])
-        newly_blocked = np.zeros_like(blocked)
-        newly_blocked[alive_groups] = True
-        if not (zero & newly_blocked[graph.groups]).any():
+        zero, candidate = _sweep_zero(rows, keep, blocked, redundancy)
+        in_blocked_group = np.zeros_like(blocked)
+        in_blocked_group[graph.groups[~candidate]] = True
+        in_blocked_group = in_blocked_group[graph.groups]
+        if not (zero & in_blocked_group).any():
             found: NDArray[np.bool_] = zero
             return found
-        blocked = newly_blocked[graph.groups]
+        blocked = in_blocked_group
 
 
 def used_kernels(graph: ChannelGraph, keep: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -56,68 +49,63 @@ def used_kernels(graph: ChannelGraph, keep: NDArray[np.bool_]) -> NDArray[np.boo
         Shape (k,), a subset of `keep` that fulfils the definition in itself: removing the
         redundant kernels leaves no new ones.
     """
+    rows = rows_of(graph)
     while True:
         zero = zero_channels(graph, keep)
-        used: NDArray[np.bool_] = _sweep_used(
-            graph.sizes,
-            graph.source_start,
-            graph.kernel_start,
-            graph.sources,
-            graph.outputs | graph.opaque,
-            keep,
-            zero,
-        )
+        used: NDArray[np.bool_] = _sweep_used(rows, graph.outputs | graph.opaque, keep, zero)
         if used.sum() == keep.sum():
             return used
         keep = used
 
 
 @jit
-def _sweep_zero(sizes, source_start, kernel_start, sources, kinds, keep, blocked, redundancy):
+def _sweep_zero(rows, keep, blocked, redundancy):
     """One forward pass: what is zero, and what would be if its group allowed it."""
-    zero = np.zeros(len(sizes), dtype=np.bool_)
-    candidate = np.zeros(len(sizes), dtype=np.bool_)
-    for channel in range(len(sizes)):
-        kind = kinds[channel]
-        if kind == 0:
-            continue
-        size, kernel = sizes[channel], kernel_start[channel]
-        row = sources[source_start[channel] : source_start[channel] + size]
-        if kind == 2:
-            candidate[channel] = zero[row].any()
-        elif kind == 3 and (redundancy or size == 0):
-            candidate[channel] = True
-        else:
-            dead = True
-            for j in range(size):
-                if kernel < 0:
-                    carries = not zero[row[j]]
-                else:
-                    carries = keep[kernel + j] and not (redundancy and zero[row[j]])
-                if carries:
-                    dead = False
-                    break
-            candidate[channel] = dead
-        zero[channel] = candidate[channel] and not blocked[channel]
+    zero = np.zeros(len(rows.sizes), dtype=np.bool_)
+    candidate = np.zeros(len(rows.sizes), dtype=np.bool_)
+    for v in range(len(rows.sizes)):
+        candidate[v] = _can_be_zero(rows, v, zero, keep, redundancy)
+        zero[v] = candidate[v] and not blocked[v]
     return zero, candidate
 
 
+@inlined
+def _can_be_zero(rows, v, zero, keep, redundancy):
+    """Whether channel v is zero, given which channels before it are; its group is not asked."""
+    kind, size, kernel = rows.kinds[v], rows.sizes[v], rows.kernel_start[v]
+    if kind == Kind.LIVE:
+        return False
+    if kind == Kind.DEAD and (redundancy or size == 0):
+        return True
+    for j in range(size):
+        silent = zero[rows.sources[rows.source_start[v] + j]]
+        if kind == Kind.PRODUCT:
+            if silent:
+                return True
+        elif kernel < 0:
+            if not silent:
+                return False
+        elif keep[kernel + j] and not (redundancy and silent):
+            return False
+    return kind != Kind.PRODUCT
+
+
 @jit
-def _sweep_used(sizes, source_start, kernel_start, sources, needed, keep, zero):
+def _sweep_used(rows, needed, keep, zero):
     """One backward pass from what must stay to the kernels that it depends on."""
     needed = needed.copy()
     used = np.zeros(len(keep), dtype=np.bool_)
-    for channel in range(len(sizes) - 1, -1, -1):
-        if zero[channel] or not needed[channel]:
+    for v in range(len(rows.sizes) - 1, -1, -1):
+        if zero[v] or not needed[v]:
             continue
-        kernel = kernel_start[channel]
-        for j in range(sizes[channel]):
-            source = sources[source_start[channel] + j]
-            if zero[source]:
+        kernel = rows.kernel_start[v]
+        for j in range(rows.sizes[v]):
+            u = rows.sources[rows.source_start[v] + j]
+            if zero[u]:
                 continue
             if kernel < 0:
-                needed[source] = True
+                needed[u] = True
             elif keep[kernel + j]:
                 used[kernel + j] = True
-                needed[source] = True
+                needed[u] = True
     return used
