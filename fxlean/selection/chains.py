@@ -1,25 +1,18 @@
 """Longest-chain extraction (LEAN): which kernels lie on the longest chains of a graph.
 
 A chain is a path of edges, its length is the product of the edge lengths, and it starts with a
-prunable edge. For every channel `v`, where `best(u)` may or may not exist,
+prunable edge. Usable edges have a positive length and, where prunable, are alive and not taken.
+For every channel `v`, where `best(u)` may or may not exist,
 
-    best(v) = max( over live prunable edges (u, v, w):  max(1, best(u)) * w,
-                   over live fixed edges    (u, v, w):  best(u) * w  where best(u) exists )
+    best(v) = max( over usable prunable edges (u, v, w):  max(1, best(u)) * w,
+                   over usable fixed edges    (u, v, w):  best(u) * w  where best(u) exists )
 
     and best(v) does not exist where that maximum is below 1.
 
-`longest_chains` takes the largest `best` again and again, and extracts the kernels behind it.
-
-Values only ever fall, so whatever was computed earlier is an upper bound, and the search is lazy
-on three levels:
-
-- A heap over channels holds upper bounds. Only the chain behind its top is brought up to date,
-  from its start to its end. When nothing on it had to be, it is the longest chain.
-- A channel whose source has fallen keeps its edge unless its value falls below an upper bound of
-  what any other edge gives. Only then is its row (the edges into it) looked at.
-- The longest edges of a row are kept sorted: its head. Looking stops where a length times the
-  largest value of any source cannot win, and all edges are compared only when the head cannot
-  decide.
+`longest_chains` takes the kernels behind the largest `best`, again and again. Values only ever
+fall, so whatever was computed earlier is an upper bound, and the search is lazy on three levels: a
+heap over channels, a bound on the second-best edge of every row, and the longest edges of a row
+sorted (its head). docs/chains.md derives what each bound means, and carries an example through.
 
 Lengths are base-2 logarithms in float64: no product overflows, and a product of exactly 1 (its
 factors are powers of two) is exactly 0.
@@ -54,8 +47,8 @@ _CHANNEL = np.dtype(
         ("kernel_start", np.int64),
         ("source_start", np.int64),
         ("head_start", np.int64),
-        ("head_size", np.int32),
-        ("bundle", np.int32),  # consecutive rows with the same sources have one number
+        ("head_size", np.int32),  # entries of the head in use, of `room`
+        ("bundle", np.int32),  # one number for consecutive rows that share their sources
         ("cutoff", np.float64),  # every edge of at least this logarithm is in the head
         ("size", np.int32),
         ("room", np.int32),
@@ -64,7 +57,8 @@ _CHANNEL = np.dtype(
     ]
 )
 _ENTRY = np.dtype([("key", np.float64), ("id", np.int32)])
-_BUNDLE = np.dtype([("leader", np.int64), ("largest", np.float64)])  # largest value of its sources
+# The largest value of its sources, an upper bound too, and the source that had it.
+_BUNDLE = np.dtype([("leader", np.int64), ("largest", np.float64)])
 
 
 def longest_chains(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_], int]:
@@ -90,21 +84,12 @@ def longest_chains(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_],
     if budget >= np.count_nonzero(graph.alive):
         return graph.alive.copy(), 0
     taken = ~graph.alive
-    chains = 0
-    if budget > 0:
-        rows = rows_of(graph)
-        chains = _extract(
-            _records(graph),
-            rows.sources,
-            rows.lengths,
-            rows.bits,
-            taken,
-            budget,
-            np.empty(graph.num_edges, dtype=_ENTRY),
-        )
+    rows = rows_of(graph)
+    heads = np.empty(graph.num_edges, dtype=_ENTRY)
+    chains = _extract(_records(graph), rows.sources, rows.lengths, rows.bits, taken, budget, heads)
     keep = taken & graph.alive
     fill_largest(keep, graph.alive, kernel_scores(graph), budget)
-    return keep, chains
+    return keep, int(chains)
 
 
 def _records(graph: ChannelGraph) -> NDArray[np.void]:
@@ -193,9 +178,9 @@ def _refresh(channels, v, values, sources, taken, bundles, heads, epoch, chain):
     """Bring the chain that ends at channel v up to date, from its start to its end.
 
     Channels found exact are marked with the epoch. Returns -1, or the first channel whose head
-    cannot decide, and whose row must be compared before the rest of the chain can be done. This
-    is one long function because numba counts references to every array passed to another one,
-    which takes longer than the work itself.
+    cannot decide, and whose row must be compared before the rest of the chain can be done; see
+    docs/chains.md. This is one long function because numba counts references to every array
+    passed to another one, which takes longer than the work itself.
     """
     length, stale = 0, -1
     while values[0, v] >= 0 and channels[v].epoch != epoch:

@@ -75,7 +75,7 @@ def _can_be_zero(rows, v, zero, keep, redundancy):
     kind, size, kernel = rows.kinds[v], rows.sizes[v], rows.kernel_start[v]
     if kind == Kind.LIVE:
         return False
-    if kind == Kind.DEAD and (redundancy or size == 0):
+    if kind == Kind.DEAD and redundancy:
         return True
     for j in range(size):
         silent = zero[rows.sources[rows.source_start[v] + j]]
