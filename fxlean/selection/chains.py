@@ -121,7 +121,6 @@ def _extract(channels, sources, lengths, bits, taken, budget, heads):
     n = len(channels)
     # What an edge multiplies: row 0 for fixed edges, row 1 (at least 0) for prunable ones.
     values = np.empty((2, n))
-    values[0], values[1] = NONE, 0.0
     ends = np.empty(n, dtype=_ENTRY)
     count = zero
     for v in range(n):

@@ -175,3 +175,27 @@ def test_what_the_head_of_a_row_leaves_out_bounds_the_second_best_edge():
     assert found(longest_chains(graph, 7)) == ({8, 0, 5, 3, 7, 1, 6}, 4)
     assert found(longest_chains(graph, 8)) == ({8, 0, 5, 3, 7, 1, 6, 4, 10}, 5)
     assert slow_longest_chains(graph, 8) == found(longest_chains(graph, 8))
+
+
+def test_of_three_equal_edges_in_a_head_the_first_is_taken():
+    """All of the edges 0, 1 and 2 into channel 3 give 8, the first of them by the shortest step."""
+    rows = [INPUT, Row((0,), (2.0,), 0), Row((0,), (4.0,), 1)]
+    graph = build([*rows, Row((2, 1, 0, 0, 0), (2.0, 4.0, 8.0, 8.8, 2.0**40), 2)])
+    assert found(longest_chains(graph, 3)) == ({6, 5, 2, 1}, 3)
+    assert slow_longest_chains(graph, 3) == found(longest_chains(graph, 3))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_heads_decide_as_the_definition_does_while_values_fall(seed):
+    """Parallel edges make the same channels fall many times; prunable and fixed rows read them."""
+    generator = np.random.default_rng(seed)
+
+    def powers(low: int, high: int, size: int) -> tuple[float, ...]:
+        return tuple((2.0 ** generator.integers(low, high, size)).tolist())
+
+    rows = [INPUT, *(Row((0,) * 3, powers(0, 9, 3), 3 * v) for v in range(3))]
+    rows += [Row((v,) * 2, powers(2, 14, 2), 7 + 2 * v) for v in (1, 2, 3)]
+    rows += [Row((1, 2, 3, 0), powers(-3, 9, 4), kernel) for kernel in (15, 19)]
+    rows += [Row((1, 2, 3), powers(0, 6, 3)) for _ in range(3)]
+    graph = build([*rows, Row((7, 8, 9, 10, 11), powers(-1, 3, 5))])
+    assert found(longest_chains(graph, 21)) == slow_longest_chains(graph, 21)
