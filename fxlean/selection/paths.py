@@ -67,7 +67,7 @@ def complete_paths(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_],
         return keep, 0
     rows = rows_of(graph)
     n, k = graph.num_channels, graph.num_kernels
-    # Made here, because numba takes longer to compile `np.full` than both sweeps.
+    # Made here, because numba takes half a second to compile `np.full`.
     links = _Links(*(np.full(size, -1, dtype=np.int32) for size in (n, n, n, k)))
     forward, through = np.full(n, NONE), np.full(k, NONE)
     _forward(rows, forward, links)
