@@ -13,7 +13,7 @@ from fxlean.compaction.slots import Slots
 from fxlean.compaction.solve import components
 from fxlean.compaction.walk import slots_of
 from fxlean.tracing.tracer import trace_model
-from tests.support.calls import CALLS, MOVEMENTS, PADDINGS, with_conditions
+from tests.support.calls import CALLS, MOVEMENTS, PADDINGS, sparse, with_conditions
 from tests.support.sites import Data, site_of
 
 aten = torch.ops.aten
@@ -155,16 +155,6 @@ def test_what_is_called_zero_is_zero(packet):
     generator = torch.Generator().manual_seed(0)
     for operator, args in BY_OPERATOR[packet] * 4:
         check_zeros(*on_slots(operator, args, generator))
-
-
-def sparse(*shape, seed=0):
-    """Numbers, some of them zero, with whole rows and columns among them."""
-    generator = torch.Generator().manual_seed(seed)
-    tensor = torch.randn(shape, generator=generator)
-    for dim in range(min(len(shape), 2)):
-        size = [shape[dim] if d == dim else 1 for d in range(len(shape))]
-        tensor *= torch.rand(size, generator=generator) < 0.7
-    return tensor
 
 
 def convolved(data, weight, bias, groups=1, transposed=False):
