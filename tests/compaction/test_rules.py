@@ -214,11 +214,23 @@ def test_layers_depend_on_the_columns_that_they_are_said_to_read(operator, args)
                 continue
             rows = torch.rand(len(applied.result.slots), generator=generator) < 0.3
             read = applied.columns_read(rows & ~applied.result.zero)
+            if applied.groups > 1:  # they are left whole, so one that is wanted reads something
+                wanted = (rows & ~applied.result.zero).reshape(applied.groups, -1).any(1)
+                assert torch.equal(read.reshape(applied.groups, -1).any(1), wanted)
             whole = results(site, {}, site.node.args)[0][:, rows]
             unread = node.meta["val"].clone()
             unread[:, ~read & ~applied.source.zero] += 1.0
             changed = results(site, {node: unread}, site.node.args)[0][:, rows]
             assert torch.equal(whole.nan_to_num(), changed.nan_to_num())
+
+
+def test_transposed_convolutions_in_groups_keep_their_channels():
+    args = convolved(Data((2, 6, 5, 5)), sparse(6, 3, 2, 2), None, groups=2, transposed=True)
+    generator = torch.Generator().manual_seed(0)
+    site, slots, flows = on_slots(aten.convolution.default, args, generator, owner="layer")
+    assert not slots.applications
+    for flow in (site.flow(), *flows):
+        assert torch.isin(flow.ids, torch.cat(slots.pinned)).all()
 
 
 @pytest.mark.parametrize("refused", [False, True])
