@@ -199,8 +199,20 @@ def test_what_layers_call_zero_is_zero(operator, args):
     for _ in range(12):
         site, slots, flows = on_slots(operator, args, generator, owner="layer")
         check_zeros(site, slots, flows)
+        for applied in slots.applications:
+            if site.flow().varies(1):  # and only what must be zero is
+                alive = results(site, {}, site.node.args)[0].transpose(0, 1).flatten(1).any(1)
+                assert torch.equal(applied.result.zero, ~alive)
+            assert_groups_are_whole(applied, components(slots))
         found += len(slots.applications)
     assert found > 0
+
+
+def assert_groups_are_whole(applied, label):
+    """In groups all channels of one are kept or removed together."""
+    for value in (applied.source, applied.result) if applied.groups > 1 else ():
+        members = label[value.slots].reshape(applied.groups, -1)
+        assert (members == members[:, :1]).all()
 
 
 @pytest.mark.parametrize(("operator", "args"), LAYERS)
