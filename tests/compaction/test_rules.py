@@ -13,7 +13,7 @@ from fxlean.compaction.slots import Slots
 from fxlean.compaction.solve import components
 from fxlean.compaction.walk import slots_of
 from fxlean.tracing.tracer import trace_model
-from tests.support.calls import CALLS, MOVEMENTS, PADDINGS, with_conditions
+from tests.support.calls import CALLS, MOVEMENTS, PADDINGS, sparse, with_conditions
 from tests.support.sites import Data, site_of
 
 aten = torch.ops.aten
@@ -163,16 +163,6 @@ def test_what_is_called_zero_is_zero(packet):
         check_zeros(*on_slots(operator, args, generator))
 
 
-def sparse(*shape, seed=0):
-    """Numbers, some of them zero, with whole rows and columns among them."""
-    generator = torch.Generator().manual_seed(seed)
-    tensor = torch.randn(shape, generator=generator)
-    for dim in range(min(len(shape), 2)):
-        size = [shape[dim] if d == dim else 1 for d in range(len(shape))]
-        tensor *= torch.rand(size, generator=generator) < 0.7
-    return tensor
-
-
 def convolved(data, weight, bias, groups=1, transposed=False):
     spatial = weight.dim() - 2
     ones, padding = [1] * spatial, [0] * spatial
@@ -215,8 +205,20 @@ def test_what_layers_call_zero_is_zero(operator, args):
     for _ in range(12):
         site, slots, flows = on_slots(operator, args, generator, owner="layer")
         check_zeros(site, slots, flows)
+        for applied in slots.applications:
+            if site.flow().varies(1):  # and only what must be zero is
+                alive = results(site, {}, site.node.args)[0].transpose(0, 1).flatten(1).any(1)
+                assert torch.equal(applied.result.zero, ~alive)
+            assert_groups_are_whole(applied, components(slots))
         found += len(slots.applications)
     assert found > 0
+
+
+def assert_groups_are_whole(applied, label):
+    """In groups all channels of one are kept or removed together."""
+    for value in (applied.source, applied.result) if applied.groups > 1 else ():
+        members = label[value.slots].reshape(applied.groups, -1)
+        assert (members == members[:, :1]).all()
 
 
 @pytest.mark.parametrize(("operator", "args"), LAYERS)
@@ -230,11 +232,23 @@ def test_layers_depend_on_the_columns_that_they_are_said_to_read(operator, args)
                 continue
             rows = torch.rand(len(applied.result.slots), generator=generator) < 0.3
             read = applied.columns_read(rows & ~applied.result.zero)
+            if applied.groups > 1:  # they are left whole, so one that is wanted reads something
+                wanted = (rows & ~applied.result.zero).reshape(applied.groups, -1).any(1)
+                assert torch.equal(read.reshape(applied.groups, -1).any(1), wanted)
             whole = results(site, {}, site.node.args)[0][:, rows]
             unread = node.meta["val"].clone()
             unread[:, ~read & ~applied.source.zero] += 1.0
             changed = results(site, {node: unread}, site.node.args)[0][:, rows]
             assert torch.equal(whole.nan_to_num(), changed.nan_to_num())
+
+
+def test_transposed_convolutions_in_groups_keep_their_channels():
+    args = convolved(Data((2, 6, 5, 5)), sparse(6, 3, 2, 2), None, groups=2, transposed=True)
+    generator = torch.Generator().manual_seed(0)
+    site, slots, flows = on_slots(aten.convolution.default, args, generator, owner="layer")
+    assert not slots.applications
+    for flow in (site.flow(), *flows):
+        assert torch.isin(flow.ids, torch.cat(slots.pinned)).all()
 
 
 @pytest.mark.parametrize("refused", [False, True])

@@ -11,6 +11,7 @@ from torch.nn.utils import prune as torch_prune
 
 import fxlean
 from fxlean.nn import RefreshMasks
+from fxlean.pruning.masks import apply_masks
 from fxlean.pruning.prunable import COMPUTED
 from tests.support.blocks import conv, conv_bn_relu
 from tests.support.oracles import read
@@ -118,6 +119,38 @@ def test_the_forward_pass_of_a_caller_uses_what_training_changed(build):
         assert parameter.grad is None or not parameter.grad[mask == 0].any()
 
 
+def test_all_modules_that_are_never_called_are_refreshed():
+    torch.manual_seed(0)
+    model = Listed()
+    masks = {
+        name: torch.rand(parameter.shape) < 0.5
+        for name, parameter in model.named_parameters()
+        if not name.startswith("last")
+    }
+    apply_masks(model, masks, frozenset({"", "last"}))
+    train(model, (IMAGE,))
+    model(IMAGE)
+    for name, mask in masks.items():
+        owner, _, key = name.rpartition(".")
+        module = model.get_submodule(owner)
+        assert torch.equal(getattr(module, key), getattr(module, f"{key}_orig") * mask)
+
+
+def test_features_of_one_channel_are_masked_together():
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 6)
+    small = torch.rand(6, 4) < 0.4
+    with torch.no_grad():
+        linear.weight.view(6, 4, 4).copy_(torch.where(small, 1e-6, 1.0)[:, :, None])
+    layers = [conv(3, 4), nn.AdaptiveAvgPool2d(2), nn.Flatten(), linear, nn.Linear(6, 2)]
+    model = nn.Sequential(*layers)
+    fxlean.prune(model, 0.9, IMAGE, method="l1", include_linear=True)
+    masked = linear.weight_mask.view(6, 4, 4) == 0
+    assert masked.any()
+    assert not masked[~small].any()
+    assert torch.equal(masked.any(2), masked.all(2))
+
+
 def test_a_parameter_in_two_modules_is_masked_in_both():
     torch.manual_seed(0)
     model = nn.Sequential(conv(3, 4), conv(4, 4), nn.ReLU(), conv(4, 4), conv(4, 2, 1))
@@ -187,6 +220,9 @@ def test_masks_that_are_there_are_narrowed_and_not_wrapped():
                 if isinstance(hook, torch_prune.BasePruningMethod)
             ]
             assert len(hooks) == len(set(hooks))
+            for name in hooks:  # without another forward pass
+                masked = getattr(module, f"{name}_orig") * getattr(module, f"{name}_mask")
+                assert torch.equal(getattr(module, name), masked)
             assert not any("orig_orig" in name for name, _ in module.named_parameters())
         now = model.get_submodule(names[1]).weight_mask
         assert not (now > before).any()

@@ -225,3 +225,13 @@ def with_conditions(operator, args):
 
 def call(operator, args, generator):
     return place(operator, with_conditions(operator, args), generator)
+
+
+def sparse(*shape, seed=0):
+    """Numbers, some of them zero, with whole rows and columns among them."""
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn(shape, generator=generator)
+    for dim in range(min(len(shape), 2)):
+        size = [shape[dim] if d == dim else 1 for d in range(len(shape))]
+        tensor *= torch.rand(size, generator=generator) < 0.7
+    return tensor

@@ -109,7 +109,11 @@ def _linear(call: Linear, constants: Constants) -> ExportedLayer:
     nonzero = nonzero_kernels(call, constants.value(call.weight))
     rows, columns = nonzero.shape
     module = nn.Linear(columns, rows, bias=call.bias is not None, device="meta")
-    return _filled(call, module, nonzero, constants, diagonal=False)
+    layer = _filled(call, module, nonzero, constants, diagonal=False)
+    if call.transposed:
+        flipped = module.weight.detach().t().contiguous()
+        module.weight = nn.Parameter(flipped, module.weight.requires_grad)
+    return layer
 
 
 def _filled(
