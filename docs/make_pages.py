@@ -20,8 +20,10 @@ norms: suprema operator
 channels: graph flow weights wiring site
 channels.rules: movements positions weighted table
 channels: walk
-selection: jit ranking liveness chains paths methods
-pruning: prunable lengths masks progress result prune_model
+pruning: prunable
+calibration: moments contributions noise batches running shares
+selection: jit ranking liveness chains paths relevance methods
+pruning: lengths masks progress result prune_model
 compaction: slots cut plan rules walk fold
 compaction.exported: layers needs writer
 compaction: attempts

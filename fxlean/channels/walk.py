@@ -22,6 +22,19 @@ from .wiring import Block, Wiring
 
 
 @dataclass(frozen=True, eq=False)
+class Walked:
+    """What the walk found in one traced graph.
+
+    Attributes:
+        flows: the flow of each value that depends on the inputs, or a tuple of flows.
+        made: the numbers of the channels that were made for each call of an operator.
+    """
+
+    flows: Mapping[fx.Node, Any]
+    made: Mapping[fx.Node, range]
+
+
+@dataclass(frozen=True, eq=False)
 class Wired:
     """The wiring of a model.
 
@@ -31,12 +44,14 @@ class Wired:
         results: channels that the model returns as they are; what leaves a submodule to be
             processed further is not among them.
         used: parameters that the traced graphs read.
+        walks: what was found in each of the traced graphs, in their order.
     """
 
     wiring: Wiring
     outputs: Tensor
     results: Tensor
     used: frozenset[str]
+    walks: tuple[Walked, ...] = ()
 
 
 def wire(model: nn.Module, trace: Trace) -> Wired:
@@ -47,10 +62,12 @@ def wire(model: nn.Module, trace: Trace) -> Wired:
     leaving: list[Tensor] = []
     results: list[Tensor] = []
     used: set[str] = set()
+    walks: list[Walked] = []
     returned = {id(tensor) for tensor in trace.results}
     for piece in trace.pieces:
         with untouched(model):  # operators on constants may draw random numbers
-            flows = _walk(wiring, piece, tensors, linked, used)
+            flows, walked = _walk(wiring, piece, tensors, linked, used)
+        walks.append(walked)
         for number, flow in enumerate(flows):
             if flow is None:
                 continue
@@ -62,7 +79,11 @@ def wire(model: nn.Module, trace: Trace) -> Wired:
                 results.append(flow.channels())
     nothing = torch.zeros(0, dtype=torch.int64)
     return Wired(
-        wiring, torch.cat([nothing, *leaving]), torch.cat([nothing, *results]), frozenset(used)
+        wiring,
+        torch.cat([nothing, *leaving]),
+        torch.cat([nothing, *results]),
+        frozenset(used),
+        tuple(walks),
     )
 
 
@@ -72,8 +93,8 @@ def _walk(
     tensors: Mapping[str, Tensor],
     linked: Mapping[int, Flow],
     used: set[str],
-) -> list[Flow | None]:
-    """The flows that a piece returns; None for results that do not depend on its inputs."""
+) -> tuple[list[Flow | None], Walked]:
+    """The flows that a piece returns, None for what does not depend on its inputs; and all."""
     nodes = list(piece.graph.graph.nodes)
     state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
     used |= {name for node, (name, _) in state.items() if node.users}
@@ -83,15 +104,18 @@ def _walk(
         known = linked.get(id(piece.inputs[number])) if piece.inputs else None
         env[node] = known or _source(wiring, tuple(node.meta["val"].shape))
     blocks: dict[fx.Node, Block] = {}
+    made: dict[fx.Node, range] = {}
     returned: list[Flow | None] = []
     for node in nodes:
         if node.op == "output":
             returned = [env.get(arg) for arg in node.args[0]]
         elif node.op == "call_function" and any(arg in env for arg in node.all_input_nodes):
+            before = wiring.num_channels
             result = _result(Site(node, wiring, constants, env, blocks))
+            made[node] = range(before, wiring.num_channels)
             if result is not None:
                 env[node] = result
-    return returned
+    return returned, Walked(env, made)
 
 
 def _result(site: Site) -> Any:

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..calibration.batches import example_and_batches
+from ..calibration.shares import shares_of
 from ..channels.graph import ChannelGraph
 from ..channels.walk import Wired, wire
 from ..errors import ArgumentError, PruneWarning
 from ..norms.operator import ORDERS
-from ..selection.methods import METHODS
+from ..selection.methods import METHODS, SHARE
 from ..tracing.arguments import check_model, resolve_ignored, unwrapped
 from ..tracing.sandbox import on_cpu
 from ..tracing.tracer import Trace, trace_model
@@ -40,6 +42,7 @@ def prune(
     redundancy: bool = True,
     prune_outputs: bool = False,
     include_linear: bool = False,
+    calibration: Any = None,
     progress: bool | None = None,
 ) -> PruneResult:
     """Prune a model in place to a fraction of its convolution kernels, with masks.
@@ -53,8 +56,9 @@ def prune(
             removed count as pruned. 0.05 keeps 5 %.
         example_inputs: a tensor or a tuple of positional arguments that the model accepts; if
             left out, common sizes are tried.
-        method: "lean" (longest chains), "path" (complete chains), "spectral" and "l1" (kernels
-            with the largest norms), or "random".
+        method: "lean" (longest chains), "path" (complete chains), "relevance" (what most of the
+            outputs flows through, on `calibration`), "spectral" and "l1" (kernels with the
+            largest norms), or "random".
         ignore: layers to leave alone: names of modules or parameters, glob patterns, modules or
             module types.
         norm: length of a kernel for "lean", "path" and "spectral": "spectral", "frobenius",
@@ -62,6 +66,9 @@ def prune(
         redundancy: whether to remove kernels that read only zeros, or that nothing reads.
         prune_outputs: whether to prune the layers that make the model's output.
         include_linear: whether to prune linear layers, feature by feature.
+        calibration: unlabelled batches for "relevance": one, or an iterable such as a
+            `DataLoader`, of tensors, tuples of arguments or dicts; labels beside the only input
+            are left out. Without them, noise of the shape of the example inputs.
         progress: show a bar; by default on a terminal, if it takes seconds.
 
     Returns:
@@ -81,16 +88,17 @@ def prune(
     _check(model, ratio, method, norm)
     model = unwrapped(model)
     chosen = METHODS[method]
+    order = chosen.norm or norm
     from ..selection.jit import when_compiling  # here, because numba takes long to import
     from ..selection.liveness import used_kernels, zero_channels
 
     with _paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
         stages.start("trace")
+        example_inputs, batches = _data(model, example_inputs, order, calibration)
         trace = trace_model(model, example_inputs)
         wired, prunable = _wired(model, trace, ignore, prune_outputs, include_linear)
         stages.start("norms")
-        order = chosen.norm or norm
-        graph = fill_lengths(prunable.graph, wired.wiring, order, fold=chosen.fold)
+        graph = _filled(model, wired, prunable.graph, batches, order, fold=chosen.fold)
         stages.start("select")
         keep, chains = chosen.select(graph, int(ratio * graph.num_kernels), _generator(method))
         graph = prunable.graph  # the same without lengths, which are as large as the model
@@ -114,6 +122,7 @@ def prune(
         opaque_ops=wired.wiring.opaque_ops,
         skipped=prunable.skipped,
         timings=stages.seconds,
+        calibration=_kind(order, calibration),
     )
     _warn(result)
     return result
@@ -157,17 +166,20 @@ def trace(
     norm: str = "spectral",
     prune_outputs: bool = False,
     include_linear: bool = False,
+    calibration: Any = None,
 ) -> ChannelGraph:
     """The channels of a model, the edges between them, and their lengths.
 
-    Arguments and errors are those of `prune`; the model is not changed.
+    Arguments and errors are those of `prune`; the model is not changed. With `norm="share"` the
+    lengths are shares of variance, as for the method "relevance".
     """
     _check(model, 1.0, "lean", norm)
     model = unwrapped(model)
     with _paused_collection():
+        example_inputs, batches = _data(model, example_inputs, norm, calibration)
         traced = trace_model(model, example_inputs)
         wired, prunable = _wired(model, traced, ignore, prune_outputs, include_linear)
-        return fill_lengths(prunable.graph, wired.wiring, norm)
+        return _filled(model, wired, prunable.graph, batches, norm, fold=True)
 
 
 def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
@@ -181,8 +193,39 @@ def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
         )
     if method not in METHODS:
         raise ArgumentError(f"method is {method!r}. Pass one of {', '.join(METHODS)}.")
-    if norm not in ORDERS:
-        raise ArgumentError(f"norm is {norm!r}. Pass one of {', '.join(ORDERS)}.")
+    if norm not in (*ORDERS, SHARE):
+        raise ArgumentError(f"norm is {norm!r}. Pass one of {', '.join((*ORDERS, SHARE))}.")
+
+
+def _data(
+    model: nn.Module, example_inputs: Any, order: str, calibration: Any
+) -> tuple[Any, Iterator[tuple[Any, ...]]]:
+    """Inputs to trace with, and the batches for an order of lengths that asks data."""
+    if order != SHARE:
+        return example_inputs, iter(())
+    return example_and_batches(model, example_inputs, calibration)
+
+
+def _kind(order: str, calibration: Any) -> str:
+    """Which data were asked for lengths of an order."""
+    if order != SHARE:
+        return ""
+    return "noise" if calibration is None else "batches"
+
+
+def _filled(
+    model: nn.Module,
+    wired: Wired,
+    graph: ChannelGraph,
+    batches: Iterator[tuple[Any, ...]],
+    order: str,
+    *,
+    fold: bool,
+) -> ChannelGraph:
+    """The graph with lengths of an order: norms of kernels, or shares on batches."""
+    if order == SHARE:
+        return graph.with_lengths(shares_of(model, graph, wired, batches))
+    return fill_lengths(graph, wired.wiring, order, fold=fold)
 
 
 @on_cpu()

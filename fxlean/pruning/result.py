@@ -32,6 +32,7 @@ class PruneResult:
         opaque_ops: operators without a rule, with how often they occurred.
         skipped: layers and parts that were left alone, and why.
         timings: seconds spent in each stage: trace, norms, select, masks.
+        calibration: "batches" or "noise", what a method that asks for data was given; else "".
     """
 
     method: str
@@ -43,6 +44,7 @@ class PruneResult:
     opaque_ops: Mapping[str, int]
     skipped: Mapping[str, str]
     timings: Mapping[str, float]
+    calibration: str = ""
 
     @property
     def ratio(self) -> float:
@@ -74,8 +76,9 @@ class PruneResult:
         chains = f" in {self.chains:,} chains" if self.chains else ""
         redundant = self.selected - self.kept
         seconds = ", ".join(f"{name} {value:.2f} s" for name, value in self.timings.items())
+        method = f"{self.method}, on {self.calibration}," if self.calibration else self.method
         return (
-            f"{self.method} selected {self.selected:,} kernels{chains}; "
+            f"{method} selected {self.selected:,} kernels{chains}; "
             f"{redundant:,} redundant ones removed ({seconds})"
         )
 

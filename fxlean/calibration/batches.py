@@ -1,0 +1,140 @@
+"""Unlabelled batches as arguments of the model, whatever form they come in."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import ArgumentError
+from ..tracing.inputs import as_arguments, describe, guesses
+from ..tracing.sandbox import evaluating
+from .noise import noise_batches
+
+Arguments = tuple[Any, ...]
+FORMS = "a tensor, a tuple of positional arguments, or a dict of keyword arguments"
+
+
+def restartable(batches: Any) -> Any:
+    """The same batches, in a list if they could be read only once."""
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
+def read_batches(model: nn.Module, batches: Any) -> Iterator[Arguments]:
+    """Positional arguments of the model, one tuple a batch, on the model's device.
+
+    Args:
+        model: for its device, and to see whether it takes what is in a batch.
+        batches: one batch, or an iterable of batches such as a `DataLoader`. A batch is a tensor,
+            a tuple or list of positional arguments, or a dict of keyword arguments. Where the
+            model rejects a pair, but takes its first half alone, the other half are labels.
+
+    Raises:
+        ArgumentError: there are no batches, the model rejects one, or it holds NaN or infinity.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    single = isinstance(batches, Tensor | tuple | Mapping)
+    if not single and not isinstance(batches, Iterable):
+        raise ArgumentError(
+            f"batches is a {type(batches).__name__}. Pass an iterable of batches, each {FORMS}."
+        )
+    labelled: bool | None = None
+    for number, batch in enumerate([batches] if single else batches):
+        arguments = _positional(model, batch, number)
+        arguments = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
+        _check_finite(arguments, number)
+        if labelled is None:
+            labelled = _is_labelled(model, arguments, number)
+        yield arguments[:1] if labelled else arguments
+    if labelled is None:
+        raise ArgumentError("batches is empty. Pass at least one batch of inputs.")
+
+
+def example_and_batches(
+    model: nn.Module, example_inputs: Any, batches: Any
+) -> tuple[Any, Iterator[Arguments]]:
+    """Inputs to trace a model with, and the batches to run it on.
+
+    Args:
+        model: for its device, and to see what it takes.
+        example_inputs: as for `prune`; if None, the first batch, or what is guessed.
+        batches: as for `read_batches`; if None, noise of the shape of the example inputs.
+    """
+    if batches is None:
+        arguments = _accepted(model) if example_inputs is None else as_arguments(example_inputs)
+        return arguments, noise_batches(arguments)
+    found = read_batches(model, batches)
+    if example_inputs is not None:
+        return example_inputs, found
+    first = next(found)
+    return first, itertools.chain([first], found)
+
+
+def _accepted(model: nn.Module) -> Arguments:
+    """The first guess of inputs that the model takes."""
+    for arguments in guesses(model):
+        if _rejects(model, arguments) is None:
+            return arguments
+    raise ArgumentError(
+        f"{type(model).__name__} accepts none of the inputs tried. Pass example_inputs, or batches."
+    )
+
+
+def _positional(model: nn.Module, batch: Any, number: int) -> Arguments:
+    """One batch as positional arguments."""
+    if isinstance(batch, Tensor):
+        return (batch,)
+    if isinstance(batch, tuple | list):
+        return tuple(batch)
+    if not isinstance(batch, Mapping):
+        raise ArgumentError(f"batch {number} is a {type(batch).__name__}. Pass {FORMS}.")
+    try:
+        bound = inspect.signature(model.forward).bind(**batch)
+    except TypeError as err:
+        raise ArgumentError(
+            f"batch {number} has the keys {', '.join(map(str, batch))}, which "
+            f"{type(model).__name__}.forward does not take: {err}. Leave out labels and the like."
+        ) from err
+    if bound.kwargs:
+        raise ArgumentError(
+            f"{', '.join(bound.kwargs)} of batch {number} can only be passed by name. Wrap the "
+            "model in a module that takes its inputs by position."
+        )
+    return bound.args
+
+
+def _check_finite(arguments: Arguments, number: int) -> None:
+    for leaf in pytree.tree_leaves(arguments):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
+            raise ArgumentError(
+                f"batch {number} holds NaN or infinity. Leave such samples out of batches."
+            )
+
+
+def _is_labelled(model: nn.Module, arguments: Arguments, number: int) -> bool:
+    """Whether the second of two arguments are labels: the model takes the first one alone."""
+    failure = _rejects(model, arguments)
+    if failure is None:
+        return False
+    if len(arguments) == 2 and _rejects(model, arguments[:1]) is None:
+        return True
+    raise ArgumentError(
+        f"{type(model).__name__} rejects batch {number}, {describe(arguments)}: "
+        f"{type(failure).__name__}: {str(failure)[:300]}. Pass batches of inputs alone; where a "
+        "loader brings labels as well, drop them: (images for images, labels in loader)."
+    ) from failure
+
+
+def _rejects(model: nn.Module, arguments: Arguments) -> Exception | None:
+    """What the model raises for these arguments, if anything."""
+    with evaluating(model):
+        try:
+            model(*arguments)
+        except Exception as err:
+            return err
+    return None

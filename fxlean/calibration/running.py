@@ -1,0 +1,69 @@
+"""A traced graph run on real values, node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..channels.rules.movements import moves
+from ..channels.weights import Constants
+from ..tracing.tracer import Piece
+
+
+class Running:
+    """One traced graph on one batch; values are forgotten after their last use.
+
+    Attributes:
+        nodes: the calls that depend on the inputs, and the output, in order.
+        values: what has been computed and is still needed, by node.
+        result: what the graph returns, once its last node has run.
+    """
+
+    def __init__(self, model: nn.Module, piece: Piece, inputs: Sequence[Any]) -> None:
+        """`inputs` are the tensors that the graph takes, in order."""
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._piece = piece
+        self._state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
+        self.values: dict[fx.Node, Any] = dict(zip(piece.input_nodes, inputs, strict=True))
+        self.result: list[Any] = []
+        varying = set(piece.input_nodes)
+        self.nodes: list[fx.Node] = []
+        self._last: dict[fx.Node, fx.Node] = {}
+        for node in piece.graph.graph.nodes:
+            if node.op == "output" or not varying.isdisjoint(node.all_input_nodes):
+                varying.add(node)
+                self.nodes.append(node)
+                self._last |= dict.fromkeys(node.all_input_nodes, node)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Forget what was computed of parameters, after they have changed."""
+        self._constants = Constants(self._piece.graph, self._state, moves)
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of a node that has run, or that depends on parameters only."""
+        return self.values[node] if node in self.values else self._constants.value(node)
+
+    def step(self, node: fx.Node) -> None:
+        """Run the next node."""
+        with torch.no_grad():
+            args = fx.map_arg(node.args, self.value)
+            if node.op == "output":
+                self.result = list(args[0])  # type: ignore[arg-type]
+            else:
+                kwargs = fx.map_arg(node.kwargs, self.value)
+                self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        for used in node.all_input_nodes:
+            if self._last.get(used) is node:
+                self.values.pop(used, None)
+        if node not in self._last:
+            self.values.pop(node, None)
+
+
+def tensors_of(inputs: Mapping[str, Any] | Sequence[Any]) -> list[Tensor]:
+    """The tensors among arguments, in the order in which a traced graph takes them."""
+    leaves = torch.utils._pytree.tree_leaves(inputs)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
