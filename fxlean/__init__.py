@@ -2,6 +2,8 @@
 
 import sys
 
+from .calibration.repair_model import repair
+from .calibration.repair_result import RepairResult
 from .channels import rules
 from .channels.graph import ChannelGraph
 from .channels.rules import register
@@ -30,6 +32,7 @@ __all__ = [
     "FxleanError",
     "PruneResult",
     "PruneWarning",
+    "RepairResult",
     "Report",
     "TraceError",
     "compact",
@@ -37,6 +40,7 @@ __all__ = [
     "operator_norms",
     "prune",
     "register",
+    "repair",
     "report",
     "rules",
     "trace",

@@ -17,6 +17,7 @@ from ..tracing.sandbox import evaluating
 from .noise import noise_batches
 
 Arguments = tuple[Any, ...]
+WIDTH, ELEMENTS = 64, 2**20  # of a batch of noise: samples and elements, at most
 FORMS = "a tensor, a tuple of positional arguments, or a dict of keyword arguments"
 
 
@@ -67,12 +68,26 @@ def example_and_batches(
     """
     if batches is None:
         arguments = _accepted(model) if example_inputs is None else as_arguments(example_inputs)
-        return arguments, noise_batches(arguments)
+        return arguments, noise_batches(_widened(model, arguments))
     found = read_batches(model, batches)
     if example_inputs is not None:
         return example_inputs, found
     first = next(found)
     return first, itertools.chain([first], found)
+
+
+def _widened(model: nn.Module, arguments: Arguments) -> Arguments:
+    """The arguments as a batch of many, where the model takes that; few large runs are faster."""
+    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    sizes = {tensor.shape[0] if tensor.dim() else 0 for tensor in tensors}
+    elements = max(1, sum(tensor.numel() for tensor in tensors))
+    times = min(WIDTH // max(1, *sizes), ELEMENTS // elements)
+    if len(sizes) > 1 or 0 in sizes or times < 2:
+        return arguments
+    wide: Arguments = pytree.tree_map_only(
+        Tensor, lambda tensor: tensor.repeat([times] + [1] * (tensor.dim() - 1)), arguments
+    )
+    return arguments if _rejects(model, wide) else wide
 
 
 def _accepted(model: nn.Module) -> Arguments:

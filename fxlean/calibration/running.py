@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..channels.rules.movements import moves
-from ..channels.weights import Constants
+from ..channels.weights import Constants, Origin
 from ..tracing.tracer import Piece
 
 
@@ -19,7 +19,6 @@ class Running:
     Attributes:
         nodes: the calls that depend on the inputs, and the output, in order.
         values: what has been computed and is still needed, by node.
-        result: what the graph returns, once its last node has run.
     """
 
     def __init__(self, model: nn.Module, piece: Piece, inputs: Sequence[Any]) -> None:
@@ -28,7 +27,6 @@ class Running:
         self._piece = piece
         self._state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
         self.values: dict[fx.Node, Any] = dict(zip(piece.input_nodes, inputs, strict=True))
-        self.result: list[Any] = []
         varying = set(piece.input_nodes)
         self.nodes: list[fx.Node] = []
         self._last: dict[fx.Node, fx.Node] = {}
@@ -39,6 +37,10 @@ class Running:
                 self._last |= dict.fromkeys(node.all_input_nodes, node)
         self.refresh()
 
+    def origin(self, node: fx.Node) -> Origin | None:
+        """The parameter elements behind a node that depends on parameters only."""
+        return self._constants.origin(node)
+
     def refresh(self) -> None:
         """Forget what was computed of parameters, after they have changed."""
         self._constants = Constants(self._piece.graph, self._state, moves)
@@ -47,20 +49,23 @@ class Running:
         """The value of a node that has run, or that depends on parameters only."""
         return self.values[node] if node in self.values else self._constants.value(node)
 
-    def step(self, node: fx.Node) -> None:
-        """Run the next node."""
+    def compute(self, node: fx.Node) -> Any:
+        """The value that a node would get now, which is not kept."""
         with torch.no_grad():
             args = fx.map_arg(node.args, self.value)
             if node.op == "output":
-                self.result = list(args[0])  # type: ignore[arg-type]
-            else:
-                kwargs = fx.map_arg(node.kwargs, self.value)
-                self.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                return args[0]
+            return node.target(*args, **fx.map_arg(node.kwargs, self.value))  # type: ignore
+
+    def step(self, node: fx.Node) -> Any:
+        """Run the next node; returns its value."""
+        value = self.compute(node)
+        if node in self._last:
+            self.values[node] = value
         for used in node.all_input_nodes:
             if self._last.get(used) is node:
                 self.values.pop(used, None)
-        if node not in self._last:
-            self.values.pop(node, None)
+        return value
 
 
 def tensors_of(inputs: Mapping[str, Any] | Sequence[Any]) -> list[Tensor]:

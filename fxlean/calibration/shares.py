@@ -181,8 +181,8 @@ class _Operand:
         variance = self._moments.covariance[:, 0, 0].cpu().numpy()
         average = np.bincount(index, mean) / count
         total = np.bincount(index, variance + (mean - average[index]) ** 2)
-        powers: NDArray[np.float64] = self._factor**2 * (total if summed else total / count)
-        return ids.numpy(), powers
+        powers = self._factor**2 * (total if summed else total / count)
+        return ids.numpy(), np.asarray(powers, dtype=np.float64)
 
 
 def data_of(node: fx.Node) -> fx.Node:

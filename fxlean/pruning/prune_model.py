@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..calibration.batches import example_and_batches
+from ..calibration.batches import example_and_batches, restartable
+from ..calibration.reference import copied, fingerprint, is_unpruned, remember
+from ..calibration.repair_model import repair as repair_model
 from ..calibration.shares import shares_of
 from ..channels.graph import ChannelGraph
 from ..channels.walk import Wired, wire
@@ -108,7 +111,9 @@ def prune(
         zero = zero_channels(graph, keep, redundancy=redundancy)
         stages.start("masks")
         masks = parameter_masks(model, prunable, wired.wiring, keep, zero)
+        unpruned = fingerprint(model) if is_unpruned(model) else None
         apply_masks(model, masks, trace.called)
+        remember(model, unpruned)
     result = PruneResult(
         method=method,
         kept=int(keep.sum()),
@@ -133,17 +138,22 @@ def iterate(
     ratio: float,
     steps: int,
     example_inputs: Any = None,
+    *,
+    repair: bool = False,
     **options: Any,
 ) -> Iterator[PruneResult]:
     """Prune step by step: yields the result of each step, after which you fine-tune.
 
-    Step t of n keeps `ratio ** (t / n)` of the kernels, as in the paper.
+    Step t of n keeps `ratio ** (t / n)` of the kernels, as in the paper. With `repair`, every step
+    is repaired towards the network as it was at the call, and the next one scores it anew.
 
     Args:
         model: pruned in place, further with every step.
         ratio: fraction of the prunable kernels that is kept in the end.
         steps: number of steps, at least 1.
         example_inputs: as for `prune`.
+        repair: whether to repair after every step on the batches of `calibration`, or on noise;
+            then no training is needed between the steps. See `fxlean.repair`.
         **options: any keyword argument of `prune`.
 
     Raises:
@@ -152,10 +162,26 @@ def iterate(
     _check(model, ratio, options.get("method", "lean"), options.get("norm", "spectral"))
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"steps is {steps!r}. Pass a whole number of at least 1.")
-    return (
-        prune(model, ratio ** (step / steps), example_inputs, **options)
-        for step in range(1, steps + 1)
-    )
+    options["calibration"] = restartable(options.get("calibration"))
+    ratios = [ratio ** (step / steps) for step in range(1, steps + 1)]
+    if repair:
+        return _repaired(model, copied(model), ratios, example_inputs, options)
+    return (prune(model, ratio, example_inputs, **options) for ratio in ratios)
+
+
+def _repaired(
+    model: nn.Module,
+    reference: nn.Module,
+    ratios: Sequence[float],
+    example_inputs: Any,
+    options: Mapping[str, Any],
+) -> Iterator[PruneResult]:
+    """Prune to each of these ratios, and repair towards the reference."""
+    for ratio in ratios:
+        result = prune(model, ratio, example_inputs, **options)
+        _, batches = example_and_batches(unwrapped(model), example_inputs, options["calibration"])
+        found = repair_model(model, list(batches), reference, progress=options.get("progress"))
+        yield replace(result, repair=found)
 
 
 def trace(

@@ -123,7 +123,8 @@ def test_noise_has_unit_variance_and_falls_with_frequency(size):
 
 def test_inputs_are_guessed_where_there_are_neither_inputs_nor_batches():
     example, batches = example_and_batches(MODEL, None, None)
-    assert example[0].shape == next(batches)[0].shape == (1, 3, 64, 64)
+    assert example[0].shape == (1, 3, 64, 64)
+    assert next(batches)[0].shape == (64, 3, 64, 64)
     model = nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(fxlean.ArgumentError, match="Sequential accepts none of the inputs tried"):
         example_and_batches(model, None, None)
