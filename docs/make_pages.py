@@ -22,7 +22,7 @@ channels.rules: movements positions weighted table
 channels: walk
 pruning: prunable
 calibration: moments contributions noise batches running shares elements least_squares
-calibration: side_by_side corrections reference repair_result repair_model statistics
+calibration: side_by_side corrections reference repair_result repair_model statistics distillation
 selection: jit ranking liveness chains paths relevance methods
 pruning: lengths masks progress result prune_model
 compaction: slots cut plan rules walk fold

@@ -2,6 +2,7 @@
 
 import sys
 
+from .calibration.distillation import distill
 from .calibration.repair_model import repair
 from .calibration.repair_result import RepairResult
 from .channels import rules
@@ -36,6 +37,7 @@ __all__ = [
     "Report",
     "TraceError",
     "compact",
+    "distill",
     "iterate",
     "operator_norms",
     "prune",

@@ -44,6 +44,8 @@ def read_batches(model: nn.Module, batches: Any) -> Iterator[Arguments]:
         raise ArgumentError(
             f"batches is a {type(batches).__name__}. Pass an iterable of batches, each {FORMS}."
         )
+    if isinstance(batches, tuple) and _are_batches(model, batches):
+        single = False
     labelled: bool | None = None
     for number, batch in enumerate([batches] if single else batches):
         arguments = _positional(model, batch, number)
@@ -54,6 +56,27 @@ def read_batches(model: nn.Module, batches: Any) -> Iterator[Arguments]:
         yield arguments[:1] if labelled else arguments
     if labelled is None:
         raise ArgumentError("batches is empty. Pass at least one batch of inputs.")
+
+
+def _are_batches(model: nn.Module, given: tuple[Any, ...]) -> bool:
+    """Whether a tuple is not the arguments of one batch, but several, as of `images.split(64)`.
+
+    Two tensors alike could be that, or inputs and targets: an error, unless the model takes both.
+    """
+    tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
+    kinds = {(tensor.dtype, tensor.shape[1:]) for tensor in tensors}
+    if len(given) < 2 or len(tensors) < len(given) or len(kinds) > 1:
+        return False
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    arguments = tuple(tensor.to(device) for tensor in tensors)
+    if _rejects(model, arguments) is None or _rejects(model, arguments[:1]) is not None:
+        return False
+    if len(given) == 2:
+        raise ArgumentError(
+            "batches is a tuple of two tensors alike: two batches, or inputs and targets? Pass a "
+            "list of batches, [first, second], or the inputs alone."
+        )
+    return True
 
 
 def example_and_batches(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils import _pytree as pytree
 
 from ..nn import RefreshMasks
 from ..tracing.arguments import public_name
+from ..tracing.sandbox import evaluating
 
 ATTRIBUTE = "_fxlean_unpruned"  # on a masked model: the fingerprint of what it was made of
 CHUNK = 2**22
@@ -87,6 +89,18 @@ def refresh_masks(model: nn.Module) -> None:
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, prune.BasePruningMethod):
                     hook(module, ())
+
+
+def outputs_of(model: nn.Module, batches: Iterable[tuple[Any, ...]]) -> list[list[Tensor]]:
+    """The floating-point tensors that a model returns for each batch."""
+    with evaluating(model):
+        return [floats_of(model(*batch)) for batch in batches]
+
+
+def floats_of(result: Any) -> list[Tensor]:
+    """The floating-point tensors in what a model returns."""
+    leaves = pytree.tree_leaves(result)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from ..errors import ArgumentError
 from ..pruning.prunable import layer_name
 from ..tracing.arguments import check_model, unwrapped
-from ..tracing.sandbox import evaluating, on_cpu
+from ..tracing.sandbox import on_cpu
 from .batches import example_and_batches
 from .corrections import (
     OTHER_DATA,
@@ -28,7 +27,7 @@ from .corrections import (
 )
 from .elements import SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
-from .reference import is_unpruned, refresh_masks, without_masks
+from .reference import is_unpruned, outputs_of, refresh_masks, without_masks
 from .repair_result import RepairResult
 from .running import tensors_of
 from .side_by_side import Known, opened
@@ -85,10 +84,10 @@ def repair(
     try:
         data = list(example_and_batches(model, None, batches)[1])
         held = held_out([_size(batch) for batch in data])
-        wanted = _outputs(reference, data)
-        before = _error(_outputs(model, data), wanted, held)
+        wanted = outputs_of(reference, data)
+        before = _error(outputs_of(model, data), wanted, held)
         layers, skipped = _repair_all(model, reference, data, held, steps, progress)
-        after = _error(_outputs(model, data), wanted, held)
+        after = _error(outputs_of(model, data), wanted, held)
         if after > before:
             put_back(values)
             after = before
@@ -225,16 +224,6 @@ def _check_alike(pairs: Sequence[Pair], model: nn.Module, reference: nn.Module) 
             "cannot be compared with it. Pass the network that was pruned, and repair before "
             "fxlean.compact."
         )
-
-
-def _outputs(model: nn.Module, batches: Batches) -> list[list[Tensor]]:
-    """The floating-point tensors that a model returns for each batch."""
-    with evaluating(model):
-        results = [pytree.tree_leaves(model(*batch)) for batch in batches]
-    return [
-        [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        for leaves in results
-    ]
 
 
 def _error(

@@ -41,6 +41,7 @@ ONE = (2, 3, 8, 8)
         ({"input": IMAGES}, [[(6, 3, 8, 8)]]),
         ([IMAGES[:2], IMAGES[2:4]], [[ONE], [ONE]]),
         (iter([IMAGES[:2]]), [[ONE]]),
+        (IMAGES.split(2), [[ONE]] * 3),
         ([{"input": IMAGES[:2]}], [[ONE]]),
         ((IMAGES, LABELS), [[(6, 3, 8, 8)]]),
         (DataLoader(TensorDataset(IMAGES, LABELS), 4), [[(4, 3, 8, 8)], [ONE]]),
@@ -61,6 +62,7 @@ def test_two_arguments_that_the_model_takes_are_no_labels():
     ("batches", "message"),
     [
         (3, r"batches is a int. Pass an iterable of batches, each a tensor"),
+        (IMAGES.split(3), r"two tensors alike: two batches, or inputs and targets\? Pass a list"),
         ([], r"batches is empty. Pass at least one"),
         (["images"], r"batch 0 is a str. Pass a tensor"),
         ([(IMAGES, LABELS, LABELS)], r"(?s)rejects batch 0.*drop them: \(images for images, lab"),
