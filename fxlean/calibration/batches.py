@@ -46,15 +46,16 @@ def read_batches(model: nn.Module, batches: Any) -> Iterator[Arguments]:
         )
     if isinstance(batches, tuple) and _are_batches(model, batches):
         single = False
-    labelled: bool | None = None
+    labelled: dict[Any, bool] = {}  # by shapes, so that each form of batch is tried once
     for number, batch in enumerate([batches] if single else batches):
         arguments = _positional(model, batch, number)
         arguments = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), arguments)
         _check_finite(arguments, number)
-        if labelled is None:
-            labelled = _is_labelled(model, arguments, number)
-        yield arguments[:1] if labelled else arguments
-    if labelled is None:
+        form = str(pytree.tree_map_only(Tensor, lambda t: (t.shape, t.dtype), arguments))
+        if form not in labelled:
+            labelled[form] = _is_labelled(model, arguments, number)
+        yield arguments[:1] if labelled[form] else arguments
+    if not labelled:
         raise ArgumentError("batches is empty. Pass at least one batch of inputs.")
 
 

@@ -29,8 +29,8 @@ from .elements import SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
 from .reference import is_unpruned, outputs_of, refresh_masks, without_masks
 from .repair_result import RepairResult
-from .running import tensors_of
-from .side_by_side import Known, opened
+from .running import Known, tensors_of
+from .side_by_side import opened
 
 HELD = 4  # one in so many samples is held out
 DELAY = 1.0  # seconds before progress is shown

@@ -9,8 +9,34 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..channels.rules.movements import moves
+from ..channels.walk import Wired, wire
 from ..channels.weights import Constants, Origin
-from ..tracing.tracer import Piece
+from ..tracing.tracer import Piece, Trace, trace_model
+
+Known = dict[Any, tuple[Trace, Wired]]  # by the shapes of the inputs
+
+
+def traced(model: nn.Module, batch: tuple[Any, ...], known: Known) -> tuple[Trace, Wired]:
+    """The graphs of a model for a batch, with their wiring; once for each form of batch.
+
+    A model that traces only in parts runs for real to find what its parts read, so it is traced for
+    every batch.
+    """
+    form = tuple((tensor.shape, tensor.dtype) for tensor in tensors_of(batch))
+    if form in known:
+        return known[form]
+    trace = trace_model(model, batch)
+    wired = wire(model, trace)
+    remember_trace(known, trace, wired)
+    return trace, wired
+
+
+def remember_trace(known: Known, trace: Trace, wired: Wired) -> None:
+    """Keep a trace for batches of the same form, if it is that of a whole model."""
+    piece = trace.pieces[0]
+    if not piece.inputs:
+        values = [node.meta["val"] for node in piece.input_nodes]
+        known[tuple((value.shape, value.dtype) for value in values)] = trace, wired
 
 
 class Running:

@@ -18,27 +18,32 @@ from torch import Tensor, fx, nn
 from ..channels.flow import Flow, distinct
 from ..channels.graph import ChannelGraph, Kind
 from ..channels.site import argument_of
-from ..channels.walk import Walked, Wired, wire
+from ..channels.walk import Walked, Wired
 from ..channels.wiring import Block
 from ..errors import ArgumentError
 from ..pruning.prunable import layer_name
-from ..tracing.tracer import Trace, trace_model
+from ..tracing.tracer import Trace
 from .contributions import Contributions
 from .moments import Moments
-from .running import Running, tensors_of
+from .running import Known, Running, remember_trace, tensors_of, traced
 
 aten = torch.ops.aten
 SCALED = (aten.add, aten.sub)  # whose second operand is multiplied by their alpha
 
 
 def shares_of(
-    model: nn.Module, graph: ChannelGraph, wired: Wired, batches: Iterable[tuple[Any, ...]]
+    model: nn.Module,
+    graph: ChannelGraph,
+    trace: Trace,
+    wired: Wired,
+    batches: Iterable[tuple[Any, ...]],
 ) -> NDArray[np.float32]:
     """The share of every edge, in the layout of `graph.lengths`.
 
     Args:
         model: whose graph it is; it is not changed.
         graph: its channels; its lengths are not read.
+        trace: where its wiring came from.
         wired: where the graph came from.
         batches: positional arguments of the model, one tuple a batch.
 
@@ -51,17 +56,12 @@ def shares_of(
     """
     _check_weights(wired.wiring.blocks)
     measured = _Measured(graph, wired.wiring.blocks)
-    known: dict[Any, tuple[Trace, Wired]] = {}
+    known: Known = {}
+    remember_trace(known, trace, wired)
     for batch in batches:
-        shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors_of(batch))
-        if shapes not in known:
-            trace = trace_model(model, batch)
-            found = (trace, wire(model, trace))
-            _check_same(wired, found[1])
-            if len(trace.pieces) == 1 and not trace.pieces[0].inputs:
-                known[shapes] = found
-        trace, own = known.get(shapes, found)
-        for piece, walked in zip(trace.pieces, own.walks, strict=True):
+        found, own = traced(model, batch, known)
+        _check_same(wired, own)
+        for piece, walked in zip(found.pieces, own.walks, strict=True):
             measured.add(Running(model, piece, piece.inputs or tensors_of(batch)), walked)
     shares = np.ones_like(graph.lengths)
     for block in wired.wiring.blocks:

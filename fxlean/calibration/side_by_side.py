@@ -11,12 +11,10 @@ from torch import fx, nn
 
 from ..channels.rules.weighted import BATCH_NORMS
 from ..channels.site import argument_of
-from ..channels.walk import Wired, wire
+from ..channels.walk import Wired
 from ..channels.wiring import Block
-from ..tracing.tracer import Piece, Trace, trace_model
-from .running import Running, tensors_of
-
-Known = dict[Any, tuple[Trace, Wired]]
+from ..tracing.tracer import Piece, Trace
+from .running import Known, Running, tensors_of, traced
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,21 +95,10 @@ class Side:
 def opened(
     model: nn.Module, batches: Sequence[tuple[Any, ...]], number: int, known: Known
 ) -> tuple[list[Side], int]:
-    """A side for each batch, for one piece of a model; and how many pieces there are.
-
-    `known` keeps the traces of whole models by the shapes of the batches. A model that traces
-    only in parts runs for real to find what its parts read, so it is traced for every batch.
-    """
-    sides = []
+    """A side for each batch, for one piece of a model; and how many pieces there are."""
+    sides, pieces = [], 0
     for batch in batches:
-        shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors_of(batch))
-        trace, wired = known.get(shapes) or _traced(model, batch)
-        if not trace.pieces[0].inputs:
-            known[shapes] = trace, wired
+        trace, wired = traced(model, batch, known)
+        pieces = len(trace.pieces)
         sides.append(Side(model, trace, wired, number, batch))
-    return sides, len(trace.pieces)
-
-
-def _traced(model: nn.Module, batch: tuple[Any, ...]) -> tuple[Trace, Wired]:
-    trace = trace_model(model, batch)
-    return trace, wire(model, trace)
+    return sides, pieces

@@ -101,7 +101,7 @@ def prune(
         trace = trace_model(model, example_inputs)
         wired, prunable = _wired(model, trace, ignore, prune_outputs, include_linear)
         stages.start("norms")
-        graph = _filled(model, wired, prunable.graph, batches, order, fold=chosen.fold)
+        graph = _filled(model, trace, wired, prunable.graph, batches, order, fold=chosen.fold)
         stages.start("select")
         keep, chains = chosen.select(graph, int(ratio * graph.num_kernels), _generator(method))
         graph = prunable.graph  # the same without lengths, which are as large as the model
@@ -205,7 +205,7 @@ def trace(
         example_inputs, batches = _data(model, example_inputs, norm, calibration)
         traced = trace_model(model, example_inputs)
         wired, prunable = _wired(model, traced, ignore, prune_outputs, include_linear)
-        return _filled(model, wired, prunable.graph, batches, norm, fold=True)
+        return _filled(model, traced, wired, prunable.graph, batches, norm, fold=True)
 
 
 def _check(model: Any, ratio: Any, method: str, norm: str) -> None:
@@ -241,6 +241,7 @@ def _kind(order: str, calibration: Any) -> str:
 
 def _filled(
     model: nn.Module,
+    trace: Trace,
     wired: Wired,
     graph: ChannelGraph,
     batches: Iterator[tuple[Any, ...]],
@@ -250,7 +251,7 @@ def _filled(
 ) -> ChannelGraph:
     """The graph with lengths of an order: norms of kernels, or shares on batches."""
     if order == SHARE:
-        return graph.with_lengths(shares_of(model, graph, wired, batches))
+        return graph.with_lengths(shares_of(model, graph, trace, wired, batches))
     return fill_lengths(graph, wired.wiring, order, fold=fold)
 
 

@@ -67,6 +67,7 @@ def test_two_arguments_that_the_model_takes_are_no_labels():
         (["images"], r"batch 0 is a str. Pass a tensor"),
         ([(IMAGES, LABELS, LABELS)], r"(?s)rejects batch 0.*drop them: \(images for images, lab"),
         (IMAGES[:, :2], r"(?s)Sequential rejects batch 0, \(6, 2, 8, 8\): RuntimeError"),
+        ([IMAGES, LABELS], r"(?s)Sequential rejects batch 1, \(6,\): "),
         ({"image": IMAGES}, r"(?s)keys image, which Sequential.forward does not take.*Leave out"),
         ([IMAGES, IMAGES / 0], r"batch 1 holds NaN or infinity. Leave such samples out"),
     ],

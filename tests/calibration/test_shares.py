@@ -12,9 +12,11 @@ from fxlean.calibration import contributions
 from fxlean.calibration.contributions import Contributions
 from fxlean.calibration.shares import shares_of
 from fxlean.channels.graph import Kind
+from fxlean.channels.walk import wire
 from fxlean.channels.weights import Weight
+from fxlean.pruning.prunable import find_prunable
+from fxlean.tracing.tracer import trace_model
 from tests.support.blocks import Apply, Combine, conv
-from tests.support.oracles import read
 from tests.support.zoo import ZOO, make
 
 aten = torch.ops.aten
@@ -57,15 +59,18 @@ def alone(call):
 
 
 def shares_by_block(model, inputs, batches=None):
-    reading = read(model, inputs, include_linear=True)
-    shares = shares_of(model, reading.graph, reading.wired, batches or [inputs])
-    blocks = reading.wired.wiring.blocks
+    """The graph of a model, the shares of its edges, and those of each block by itself."""
+    trace = trace_model(model, inputs)
+    wired = wire(model, trace)
+    options = {"prune_outputs": True, "include_linear": True}
+    graph = find_prunable(model, wired, frozenset(), **options).graph
+    shares = shares_of(model, graph, trace, wired, batches or [inputs])
     return (
-        reading,
+        graph,
         shares,
         [
             (block, shares[block.start :][: block.rows * block.columns].reshape(block.rows, -1))
-            for block in blocks
+            for block in wired.wiring.blocks
         ],
     )
 
@@ -182,13 +187,12 @@ def test_operands_of_a_sum_share_by_their_variances(join, factors):
     torch.manual_seed(0)
     model = Joined(join).double()
     inputs = (torch.randn(8, 3, 8, 8, dtype=torch.float64),)
-    reading, shares, _ = shares_by_block(model, inputs)
+    graph, shares, _ = shares_by_block(model, inputs)
     first, second = (branch(*inputs).detach() for branch in model.body.branches)
     if factors is None:
         factors, second = (1, 1), second.mean((2, 3))[..., None, None]
     operands = zip((first, second), factors, strict=True)
     parts = [(x * f).transpose(0, 1).flatten(1).var(1, correction=0) for x, f in operands]
-    graph = reading.graph
     rows = np.flatnonzero((graph.sizes == 2) & (graph.kernel_start < 0))
     assert len(rows) == 4
     for number, row in enumerate(rows):
@@ -200,8 +204,7 @@ def test_operands_of_a_sum_share_by_their_variances(join, factors):
 @pytest.mark.parametrize("name", ["product_gate", "squeeze_excite", "swish_gate"])
 def test_every_operand_of_a_product_gets_all(name):
     model, inputs = make(name)
-    reading, shares, _ = shares_by_block(model, inputs)
-    graph = reading.graph
+    graph, shares, _ = shares_by_block(model, inputs)
     rows = np.flatnonzero(graph.kinds == Kind.PRODUCT)
     assert len(rows)
     for row in rows:
@@ -211,8 +214,7 @@ def test_every_operand_of_a_product_gets_all(name):
 @pytest.mark.parametrize("name", ZOO)
 def test_shares_into_a_channel_add_up_to_one(name):
     model, inputs = make(name)
-    reading, shares, _ = shares_by_block(model, inputs)
-    graph = reading.graph
+    graph, shares, _ = shares_by_block(model, inputs)
     for channel in np.flatnonzero((graph.sizes > 0) & (graph.kinds != Kind.PRODUCT)):
         total = shares[graph.length_start[channel] :][: graph.sizes[channel]].sum()
         assert total == 0 or abs(total - 1) < 1e-5
@@ -223,9 +225,8 @@ def test_merged_channels_share_by_their_variances():
     torch.manual_seed(0)
     model = nn.Sequential(conv(3, 4), nn.PixelShuffle(2), conv(1, 2, 1)).double()
     inputs = (torch.randn(8, 3, 8, 8, dtype=torch.float64),)
-    reading, shares, _ = shares_by_block(model, inputs)
+    graph, shares, _ = shares_by_block(model, inputs)
     variances = model[0](*inputs).detach().transpose(0, 1).flatten(1).var(1, correction=0)
-    graph = reading.graph
     (row,) = np.flatnonzero((graph.sizes == 4) & (graph.kernel_start < 0))
     found = shares[graph.length_start[row] :][:4]
     np.testing.assert_allclose(found, (variances / variances.sum()).numpy(), atol=1e-6)

@@ -104,6 +104,25 @@ def test_kernels_that_were_pruned_earlier_have_no_relevance():
     assert (scores[graph.alive] > 0).any()
 
 
+def test_the_example_that_the_documentation_draws():
+    graph = ChannelGraph(
+        kinds=np.array([0, 0, 1, 1, 1], dtype=np.uint8),
+        sizes=np.array([0, 0, 2, 2, 2]),
+        source_start=np.array([0, 0, 0, 0, 2]),
+        length_start=np.array([0, 0, 0, 2, 4]),
+        kernel_start=np.array([-1, -1, 0, 2, 4]),
+        sources=np.arange(4, dtype=np.int32),
+        lengths=np.array([0.9, 0.1, 0.2, 0.8, 0.75, 0.25], dtype=np.float32),
+        outputs=np.arange(5) == 4,
+        opaque=np.zeros(5, dtype=bool),
+        groups=np.arange(5, dtype=np.int32),
+        alive=np.ones(6, dtype=bool),
+    )
+    expected = [0.675, 0.075, 0.05, 0.2, 0.75, 0.25]
+    np.testing.assert_allclose(kernel_relevance(graph), expected, rtol=1e-6)
+    assert np.flatnonzero(most_relevant(graph, 3)).tolist() == [0, 3, 4, 5]
+
+
 def drawn(seed: int) -> ChannelGraph:
     """Three layers of random shares, some of them zero, and some kernels not alive."""
     rng = np.random.default_rng(seed)
