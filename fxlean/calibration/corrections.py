@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..channels.site import argument_of
+from ..channels.weights import Weight
 from ..errors import ArgumentError
 from ..pruning.prunable import layer_name
 from .elements import Elements, elements_of
@@ -77,22 +78,28 @@ def correct_layer(
     weight = stop.block.weight
     linear = weight.columns is not None
     fit, held, spread = _samples(pairs, number, linear=linear)
-    mask = weight.kernels(elements.kept)
+    mask = _kept(weight, elements)
     constant, sign = _constant(model, side, stop)
     free = mask.new_zeros(len(mask)) if constant is None else constant.kept
-    found = correct(
-        operator_of(weight, stop.node),
-        mask[..., None] if linear else mask,
-        free,
-        fit,
-        held,
-        steps=steps,
-    )
+    free = free & mask.flatten(1).any(1)  # a channel without kernels stays dead
+    found = correct(operator_of(weight, stop.node), mask, free, fit, held, steps=steps)
     elements.add(in_layout(weight, found.kernels[..., 0] if linear else found.kernels))
     if constant is not None:
         constant.add(sign * found.bias)
     before, after = float(found.before.sum()), float(found.after.sum())
     return LayerError(layer_name(weight), relative(before, spread), relative(after, spread))
+
+
+def _kept(weight: Weight, elements: Elements) -> Tensor:
+    """True for the elements that may change, shape (out, in, *size); not in kernels of zeros.
+
+    Those have been pruned without masks, or before `prune.remove`.
+    """
+    kept, value = weight.kernels(elements.kept), weight.kernels(elements.value())
+    if weight.columns is not None:
+        return (kept & (value != 0))[..., None]
+    alive = value.flatten(2).any(2)
+    return kept & alive.reshape(*alive.shape, *[1] * (kept.dim() - 2))
 
 
 def _samples(
@@ -137,17 +144,24 @@ def correct_norm(pairs: Sequence[Pair], number: int, mean: Tensor, reference: Te
         pair.mine.advance(pair.mine.stops[number].node)
         pair.theirs.advance(pair.theirs.stops[number].node)
         x, y = (
-            side.running.value(argument_of(side.stops[number].node, "input")).double()
+            side.running.value(argument_of(side.stops[number].node, "input"))
             for side in (pair.mine, pair.theirs)
         )
         if x.shape != y.shape:
             raise OtherDataError
-        for part, found in zip(pair.split(x - y), (fit, held), strict=True):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        for part, found in zip(pair.split(x.to(dtype) - y.to(dtype)), (fit, held), strict=True):
             found.append(part.transpose(0, 1).flatten(1))
-    shift = torch.cat(fit, 1).mean(1) - (mean - reference).double()
-    left = torch.cat(held, 1) - (mean - reference).double()[:, None]
-    better = (left - shift[:, None]).square().sum(1) < left.square().sum(1)
-    mean += torch.where(better, shift, 0).to(mean.dtype)
+    known = (mean - reference).to(dtype)
+    count = sum(part.shape[1] for part in fit)
+    total = torch.stack([part.sum(1, dtype=torch.float64) for part in fit]).sum(0)
+    shift = (total / count).to(dtype) - known
+    before, after = torch.zeros_like(total), torch.zeros_like(total)
+    for part in held:
+        left = part - known[:, None]
+        before += left.square().sum(1, dtype=torch.float64)
+        after += (left - shift[:, None]).square().sum(1, dtype=torch.float64)
+    mean += torch.where(after < before, shift, 0).to(mean.dtype)
 
 
 def _constant(model: nn.Module, side: Side, stop: Stop) -> tuple[Elements | None, float]:

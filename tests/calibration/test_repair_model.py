@@ -188,6 +188,22 @@ def test_frozen_parameters_stay():
         fxlean.repair(model.requires_grad_(False), x, reference)
 
 
+def test_kernels_without_masks_stay_zero():
+    model, x = residual_network()
+    reference = pruned(model, 0.4, x)
+    for module in list(model.modules()):
+        for name in [key.removesuffix("_orig") for key in module._parameters if "_orig" in key]:
+            prune.remove(module, name)
+    before = state(model)
+    result = fxlean.repair(model, x, reference)
+    assert result.after < 0.9 * result.before
+    for key, value in model.state_dict().items():
+        if value.dim() == 4:
+            zero = (before[key] == 0).flatten(2).all(2)
+            assert zero.any() or key == "3.weight"
+            assert not value[zero].any(), key
+
+
 def test_layers_that_are_used_twice_or_computed_stay():
     for name, reason in (("shared_sequence", "used more than once"), ("weight_norm", "computed")):
         model, inputs = make(name)

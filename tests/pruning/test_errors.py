@@ -46,7 +46,10 @@ def with_weight(value):
         ({"ratio": float("nan")}, r"ratio is nan\. "),
         ({"ratio": "0.5"}, r"ratio is '0\.5'\. "),
         ({"ratio": True}, r"ratio is True\. "),
-        ({"method": "lan"}, r"method is 'lan'\. Pass one of lean, path, spectral, l1, random"),
+        (
+            {"method": "lan"},
+            r"method is 'lan'\. Pass one of lean, path, relevance, spectral, l1, random",
+        ),
         ({"norm": "l7"}, r"norm is 'l7'\. Pass one of spectral, frobenius, nuclear, l1"),
         (
             {"ignore": ["stem", "*.nope"]},
