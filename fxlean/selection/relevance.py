@@ -48,7 +48,10 @@ def most_relevant(graph: ChannelGraph, budget: int) -> NDArray[np.bool_]:
 
     if budget <= 0 or budget >= len(order):
         return graph.alive & (budget > 0)
-    low, high = budget, len(order)
+    low = high = budget
+    # What is missing is rarely much, so look near first.
+    while high < len(order) and (missing := budget - np.count_nonzero(connected(high))) > 0:
+        low, high = high + 1, min(len(order), high + 2 * int(missing))
     while low < high:
         middle = (low + high) // 2
         if np.count_nonzero(connected(middle)) >= budget:
