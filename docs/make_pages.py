@@ -20,7 +20,9 @@ norms: suprema operator
 channels: graph flow calls weights builder wiring site
 channels.rules: movements positions weighted table
 channels: walk
-selection: jit rows ranking liveness chains paths methods
+calibration: moments contributions noise batches running shares elements least_squares
+calibration: side_by_side corrections reference repair_result repair_model statistics distillation
+selection: jit rows ranking liveness chains paths relevance methods
 pruning: prunable lengths masks progress result prune_model
 compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer

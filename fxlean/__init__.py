@@ -2,6 +2,9 @@
 
 import sys
 
+from .calibration.distillation import distill
+from .calibration.repair_model import repair
+from .calibration.repair_result import RepairResult
 from .channels import rules
 from .channels.graph import ChannelGraph
 from .channels.rules import register
@@ -30,13 +33,16 @@ __all__ = [
     "FxleanError",
     "PruneResult",
     "PruneWarning",
+    "RepairResult",
     "Report",
     "TraceError",
     "compact",
+    "distill",
     "iterate",
     "operator_norms",
     "prune",
     "register",
+    "repair",
     "report",
     "rules",
     "trace",

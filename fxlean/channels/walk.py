@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..tracing.sandbox import untouched
+from ..tracing.sandbox import on_cpu, untouched
 from ..tracing.tracer import Piece, Trace
 from .builder import Builder
 from .flow import Flow, make_flow, scalar_gain
@@ -20,6 +20,19 @@ from .rules.table import rule_for
 from .site import Site
 from .weights import Constants
 from .wiring import Wiring
+
+
+@dataclass(frozen=True, eq=False)
+class Walked:
+    """What the walk found in one traced graph.
+
+    Attributes:
+        flows: the flow of each value that depends on the inputs, or a tuple of flows.
+        made: the numbers of the channels that were made for each call of an operator.
+    """
+
+    flows: Mapping[fx.Node, Any]
+    made: Mapping[fx.Node, range]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +46,7 @@ class Wired:
             processed further is not among them.
         used: parameters that the traced graphs read.
         left_out: what could not be traced, and why.
+        walks: what was found in each of the traced graphs, in their order.
     """
 
     wiring: Wiring
@@ -40,8 +54,11 @@ class Wired:
     results: Tensor
     used: frozenset[str]
     left_out: Mapping[str, str]
+    walks: tuple[Walked, ...] = ()
 
 
+@torch.no_grad()
+@on_cpu()
 def wire(model: nn.Module, trace: Trace) -> Wired:
     """Walk the traced graphs of a model, in the order in which they ran."""
     wiring = Wiring()
@@ -50,6 +67,7 @@ def wire(model: nn.Module, trace: Trace) -> Wired:
     leaving: list[Tensor] = []
     results: list[Tensor] = []
     used: set[str] = set()
+    walks: list[Walked] = []
     returned = {id(tensor) for tensor in trace.results}
     for piece in trace.pieces:
         state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
@@ -60,7 +78,9 @@ def wire(model: nn.Module, trace: Trace) -> Wired:
             for number, node in enumerate(piece.input_nodes)
         ]
         with untouched(model):  # operators on constants may draw random numbers
-            env = walk(piece, wiring, Constants(piece.graph, state, moves), sources)
+            constants = Constants(piece.graph, state, moves)
+            walks.append(_with_numbers(piece, wiring, constants, sources))
+        env = walks[-1].flows
         for number, node in enumerate(piece.output_nodes):
             flow = env.get(node)
             if flow is None:
@@ -78,7 +98,23 @@ def wire(model: nn.Module, trace: Trace) -> Wired:
         torch.cat([nothing, *results]),
         frozenset(used),
         trace.left_out,
+        tuple(walks),
     )
+
+
+def _with_numbers(
+    piece: Piece, wiring: Wiring, constants: Constants, sources: Sequence[Flow]
+) -> Walked:
+    """A walk, and which channels each call makes."""
+    made: dict[fx.Node, range] = {}
+
+    def apply(site: Site) -> Any:
+        before = wiring.num_channels
+        result = rule_for(site.node.target)(site)
+        made[site.node] = range(before, wiring.num_channels)
+        return result
+
+    return Walked(walk(piece, wiring, constants, sources, apply), made)
 
 
 def walk(
@@ -86,7 +122,7 @@ def walk(
     wiring: Builder,
     constants: Constants,
     sources: Sequence[Flow],
-    apply: Callable[[Site], Any] = lambda site: rule_for(site.node.target)(site),
+    apply: Callable[[Site], Any],
 ) -> dict[fx.Node, Any]:
     """The flow, or tuple of flows, of every node of a piece that depends on its inputs.
 
@@ -95,7 +131,7 @@ def walk(
         wiring: rules add to it.
         constants: of the piece.
         sources: the flows of its inputs.
-        apply: gives the result of an operator; by default, that of its rule.
+        apply: gives the result of an operator.
     """
     env: dict[fx.Node, Any] = dict(zip(piece.input_nodes, sources, strict=True))
     for node in piece.graph.graph.nodes:

@@ -71,6 +71,11 @@ class Wiring:
         self.add_channels(Kind.DEAD, 1)
         self.add_channels(Kind.LIVE, 1)
 
+    @property
+    def num_channels(self) -> int:
+        """Number of channels so far."""
+        return self._num_channels
+
     def add_channels(self, kind: Kind, count: int) -> Tensor:
         """See `Builder`."""
         none = np.zeros(count, dtype=np.int64)

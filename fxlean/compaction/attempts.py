@@ -16,7 +16,7 @@ from ..nn import RefreshMasks
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
-from ..tracing.sandbox import evaluating, on_cpu
+from ..tracing.sandbox import copied, evaluating, on_cpu
 from ..tracing.tracer import Trace, trace_model
 from .cut import part_of, shrink
 from .exported.writer import rewritten
@@ -25,7 +25,7 @@ from .plan import choose_slots, layers_of
 from .rules import FOLLOW
 from .slots import Slots
 from .solve import solve
-from .verify import Check, copied, inputs_to_compare, outputs
+from .verify import Check, inputs_to_compare, outputs
 from .walk import slots_of
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..tracing.inputs import Arguments, call
 from ..tracing.leaves import replaced, tensors_in
-from ..tracing.sandbox import evaluating, running
+from ..tracing.sandbox import copied, evaluating, running
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 WIDER = 32  # what strides divide
@@ -90,16 +90,6 @@ def _double(thing: Any) -> Any:
     if isinstance(thing, nn.Module):
         return thing.double()
     return replaced(thing, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; computed weights, which deepcopy refuses, are detached in it."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def outputs(model: nn.Module, inputs: Sequence[Arguments]) -> list[list[Tensor]]:

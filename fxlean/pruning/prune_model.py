@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from inspect import signature
 from numbers import Real
@@ -15,11 +16,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..calibration.batches import example_and_batches, restartable
+from ..calibration.reference import fingerprint, is_unpruned, remember
+from ..calibration.repair_model import repair as repair_model
+from ..calibration.shares import shares_of
 from ..channels.graph import ChannelGraph
-from ..channels.walk import wire
+from ..channels.walk import Wired, wire
 from ..errors import ArgumentError, PruneWarning, warn
 from ..norms.operator import ORDERS
-from ..selection.methods import METHODS
+from ..selection.methods import METHODS, SHARE
 from ..tracing.arguments import (
     check_finite,
     check_model,
@@ -27,8 +32,9 @@ from ..tracing.arguments import (
     resolve_ignored,
     unwrapped,
 )
+from ..tracing.inputs import Arguments
 from ..tracing.rehearsal import rehearsed
-from ..tracing.sandbox import on_cpu
+from ..tracing.sandbox import copied, on_cpu
 from ..tracing.tracer import Trace, trace_model
 from .lengths import with_norms
 from .masks import apply_masks, parameter_masks
@@ -48,6 +54,7 @@ def prune(
     redundancy: bool = True,
     prune_outputs: bool = False,
     include_linear: bool = False,
+    calibration: Any = None,
     progress: bool | None = None,
 ) -> PruneResult:
     """Prune a model in place to a fraction of its convolution kernels, with masks.
@@ -61,8 +68,9 @@ def prune(
             removed count as pruned. 0.05 keeps 5 %.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments
             that the model accepts; if left out, common sizes are tried.
-        method: "lean" (longest chains), "path" (complete chains), "spectral" and "l1" (kernels
-            with the largest norms), or "random".
+        method: "lean" (longest chains), "path" (complete chains), "relevance" (what most of the
+            outputs flows through, on `calibration`), "spectral" and "l1" (kernels with the
+            largest norms), or "random".
         ignore: layers to leave alone: names of modules or parameters, glob patterns, modules or
             module types.
         norm: length of a kernel for "lean", "path" and "spectral": "spectral", "frobenius",
@@ -70,6 +78,9 @@ def prune(
         redundancy: whether to remove kernels that read only zeros, or that nothing reads.
         prune_outputs: whether to prune the layers that make the model's output.
         include_linear: whether to prune linear layers, feature by feature.
+        calibration: unlabelled batches for "relevance": one, or an iterable such as a
+            `DataLoader`, of tensors, tuples of arguments or dicts; labels beside the only input
+            are left out. Without them, noise of the shape of the example inputs.
         progress: show a bar; by default on a terminal, if it takes seconds.
 
     Returns:
@@ -100,16 +111,19 @@ def prune(
     )
     model = unwrapped(model)
     chosen = METHODS[method]
+    order = chosen.norm or norm
     from ..selection.jit import when_compiling  # here, because numba takes long to import
     from ..selection.liveness import used_kernels, zero_channels
 
     eager = torch.inference_mode(False)  # masks are to be ordinary tensors
     with eager, _paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
         stages.start("trace")
+        example_inputs, batches = _data(model, example_inputs, order, calibration)
         trace = trace_model(model, example_inputs)
-        network = _network(model, trace, ignore, prune_outputs, include_linear)
+        wired = wire(model, trace)
+        network = _network(model, wired, ignore, prune_outputs, include_linear)
         stages.start("norms")
-        graph = with_norms(network, chosen.norm or norm, gains=chosen.gains)
+        graph = _filled(model, trace, wired, network, batches, order, gains=chosen.gains)
         check_finite(model, network.used)
         stages.start("select")
         keep, chains = chosen.select(graph, int(ratio * graph.num_kernels), _generator(method))
@@ -120,7 +134,9 @@ def prune(
         zero = zero_channels(graph, keep, redundancy=redundancy)
         stages.start("masks")
         masks = parameter_masks(model, network, keep, zero)
+        unpruned = fingerprint(model) if is_unpruned(model) else None
         apply_masks(model, masks, trace.called)
+        remember(model, unpruned)
     result = PruneResult(
         method=method,
         kept=int(keep.sum()),
@@ -134,6 +150,7 @@ def prune(
         opaque_ops=network.opaque_ops,
         skipped=network.skipped,
         timings=stages.seconds,
+        calibration=_kind(order, calibration),
     )
     _warn(result)
     return result
@@ -144,17 +161,22 @@ def iterate(
     ratio: float,
     steps: int,
     example_inputs: Any = None,
+    *,
+    repair: bool = False,
     **options: Any,
 ) -> Iterator[PruneResult]:
     """Prune step by step: yields the result of each step, after which you fine-tune.
 
-    Step t of n keeps `ratio ** (t / n)` of the kernels, as in the paper.
+    Step t of n keeps `ratio ** (t / n)` of the kernels, as in the paper. With `repair`, every step
+    is repaired towards the network as it was at the call, and the next one scores it anew.
 
     Args:
         model: pruned in place, further with every step.
         ratio: fraction of the prunable kernels that is kept in the end.
         steps: number of steps, at least 1.
         example_inputs: as for `prune`.
+        repair: whether to repair after every step on the batches of `calibration`, or on noise;
+            then no training is needed between the steps. See `fxlean.repair`.
         **options: any keyword argument of `prune`.
 
     Raises:
@@ -165,11 +187,28 @@ def iterate(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(f"steps is {steps!r}. Pass a whole number of at least 1.")
     check_traceable(unwrapped(model))
-    rehearsed(unwrapped(model), example_inputs)
-    return (
-        prune(model, ratio ** (step / steps), example_inputs, **options)
-        for step in range(1, steps + 1)
-    )
+    if example_inputs is not None or options.get("calibration") is None:
+        rehearsed(unwrapped(model), example_inputs)
+    options["calibration"] = restartable(options.get("calibration"))
+    ratios = [ratio ** (step / steps) for step in range(1, steps + 1)]
+    if repair:
+        return _repaired(model, copied(model), ratios, example_inputs, options)
+    return (prune(model, ratio, example_inputs, **options) for ratio in ratios)
+
+
+def _repaired(
+    model: nn.Module,
+    reference: nn.Module,
+    ratios: Sequence[float],
+    example_inputs: Any,
+    options: Mapping[str, Any],
+) -> Iterator[PruneResult]:
+    """Prune to each of these ratios, and repair towards the reference."""
+    for ratio in ratios:
+        result = prune(model, ratio, example_inputs, **options)
+        _, batches = example_and_batches(unwrapped(model), example_inputs, options["calibration"])
+        found = repair_model(model, list(batches), reference, progress=options.get("progress"))
+        yield replace(result, repair=found)
 
 
 def trace(
@@ -180,10 +219,12 @@ def trace(
     norm: str = "spectral",
     prune_outputs: bool = False,
     include_linear: bool = False,
+    calibration: Any = None,
 ) -> ChannelGraph:
     """The channels of a model, the edges between them, and their lengths.
 
-    Arguments and errors are those of `prune`; the model is not changed.
+    Arguments and errors are those of `prune`; the model is not changed. With `norm="share"` the
+    lengths are shares of variance, as for the method "relevance".
     """
     _check(
         model,
@@ -194,8 +235,11 @@ def trace(
     )
     model = unwrapped(model)
     with torch.inference_mode(False), _paused_collection():
+        example_inputs, batches = _data(model, example_inputs, norm, calibration)
         traced = trace_model(model, example_inputs)
-        return with_norms(_network(model, traced, ignore, prune_outputs, include_linear), norm)
+        wired = wire(model, traced)
+        network = _network(model, wired, ignore, prune_outputs, include_linear)
+        return _filled(model, traced, wired, network, batches, norm, gains=True)
 
 
 def _check(
@@ -206,9 +250,13 @@ def _check(
     norm: Any = "spectral",
     ignore: Any = (),
     progress: Any = None,
+    calibration: Any = None,
     **flags: Any,
 ) -> None:
-    """Reject arguments that make no sense, before anything is touched."""
+    """Reject arguments that make no sense, before anything is touched.
+
+    Batches for calibration are looked at when they are read.
+    """
     check_model(model)
     number = isinstance(ratio, Real) and not isinstance(ratio, bool)
     if not number or math.isnan(ratio) or not 0 < ratio <= 1:
@@ -216,7 +264,8 @@ def _check(
             f"ratio is {ratio!r}. Pass the fraction of kernels to keep, above 0 and at most 1: "
             "0.05 keeps 5 %."
         )
-    for name, value, known in (("method", method, METHODS), ("norm", norm, ORDERS)):
+    norms = (*ORDERS, SHARE)
+    for name, value, known in (("method", method, METHODS), ("norm", norm, norms)):
         if not isinstance(value, str) or value not in known:
             raise ArgumentError(f"{name} is {value!r}. Pass one of {', '.join(known)}.")
     for name, value in {**flags, "progress": progress is not None and progress}.items():
@@ -235,20 +284,51 @@ def _check_options(options: Iterable[str]) -> None:
             raise ArgumentError(f"{name} is no option.{meant} Pass any of {', '.join(known)}.")
 
 
+def _data(
+    model: nn.Module, example_inputs: Any, order: str, calibration: Any
+) -> tuple[Any, Iterator[Arguments]]:
+    """Inputs to trace with, and the batches for an order of lengths that asks data."""
+    if order != SHARE:
+        return example_inputs, iter(())
+    return example_and_batches(model, example_inputs, calibration)
+
+
+def _kind(order: str, calibration: Any) -> str:
+    """Which data were asked for lengths of an order."""
+    if order != SHARE:
+        return ""
+    return "noise" if calibration is None else "batches"
+
+
+def _filled(
+    model: nn.Module,
+    trace: Trace,
+    wired: Wired,
+    network: Network,
+    batches: Iterator[Arguments],
+    order: str,
+    *,
+    gains: bool,
+) -> ChannelGraph:
+    """The graph with lengths of an order: norms of kernels, or shares on batches."""
+    if order != SHARE:
+        return with_norms(network, order, gains=gains)
+    return network.graph.with_lengths(shares_of(model, network.graph, trace, wired, batches))
+
+
 @on_cpu()
+@torch.no_grad()
 def _network(
-    model: nn.Module, trace: Trace, ignore: Any, prune_outputs: bool, include_linear: bool
+    model: nn.Module, wired: Wired, ignore: Any, prune_outputs: bool, include_linear: bool
 ) -> Network:
     """What there is to prune in a traced model."""
-    ignored = resolve_ignored(model, ignore)
-    with torch.no_grad():
-        network = find_prunable(
-            model,
-            wire(model, trace),
-            ignored,
-            prune_outputs=prune_outputs,
-            include_linear=include_linear,
-        )
+    network = find_prunable(
+        model,
+        wired,
+        resolve_ignored(model, ignore),
+        prune_outputs=prune_outputs,
+        include_linear=include_linear,
+    )
     if network.graph.num_kernels == 0:
         reasons = "; ".join(by_reason(network.skipped))
         raise ArgumentError(

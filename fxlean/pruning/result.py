@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..calibration.repair_result import RepairResult
 from ..errors import some
 
 
@@ -32,6 +33,8 @@ class PruneResult:
         opaque_ops: operators without a rule, with how often they occurred.
         skipped: layers and parts that were left alone, and why.
         timings: seconds spent in each stage: trace, norms, select, masks.
+        calibration: "batches" or "noise", what a method that asks for data was given; else "".
+        repair: what `iterate(..., repair=True)` repaired after this step.
     """
 
     method: str
@@ -43,6 +46,8 @@ class PruneResult:
     opaque_ops: Mapping[str, int]
     skipped: Mapping[str, str]
     timings: Mapping[str, float]
+    calibration: str = ""
+    repair: RepairResult | None = None
 
     @property
     def ratio(self) -> float:
@@ -53,6 +58,7 @@ class PruneResult:
         """Everything as plain data, ready for `json.dumps`."""
         fields = asdict(self)
         fields["layers"] = [asdict(layer) for layer in self.layers]
+        fields["repair"] = None if self.repair is None else self.repair.to_dict()
         return fields | {"ratio": self.ratio}
 
     def __str__(self) -> str:
@@ -63,6 +69,9 @@ class PruneResult:
         lines.append(_row("all", self.kept, self.total, width))
         lines.append("")
         lines.append(self._summary())
+        if self.repair is not None:
+            before, after = self.repair.before, self.repair.after
+            lines.append(f"repaired: relative error of the outputs {before:.4f} -> {after:.4f}")
         for op, count in self.opaque_ops.items():
             lines.append(
                 f"opaque: {op} ({times(count)}), treated as reading and writing everything"
@@ -74,8 +83,9 @@ class PruneResult:
         chains = f" in {self.chains:,} chains" if self.chains else ""
         redundant = self.selected - self.kept
         seconds = ", ".join(f"{name} {value:.2f} s" for name, value in self.timings.items())
+        method = f"{self.method}, on {self.calibration}," if self.calibration else self.method
         return (
-            f"{self.method} selected {self.selected:,} kernels{chains}; "
+            f"{method} selected {self.selected:,} kernels{chains}; "
             f"{redundant:,} redundant ones removed ({seconds})"
         )
 

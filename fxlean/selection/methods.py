@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..channels.graph import ChannelGraph
 
+SHARE = "share"
 Select = Callable[[ChannelGraph, int, np.random.Generator], tuple[NDArray[np.bool_], int]]
 
 
@@ -28,6 +29,7 @@ class Method:
             kernels are kept: at least `budget` of them, or all if there are fewer.
         description: one line for the documentation.
         norm: the kernel norm that belongs to the method; None for whichever the user asked for.
+            `SHARE` stands for shares of variance, which only batches or noise can tell.
         gains: whether gains, those of batch norms among them, multiply the lengths.
     """
 
@@ -66,6 +68,15 @@ def _largest(
     return keep, 0
 
 
+def _relevant(
+    graph: ChannelGraph, budget: int, rng: np.random.Generator
+) -> tuple[NDArray[np.bool_], int]:
+    """Kernels through which most of the outputs flows, those that connect nothing left out."""
+    from .relevance import most_relevant
+
+    return most_relevant(graph, budget), 0
+
+
 def _random(
     graph: ChannelGraph, budget: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.bool_], int]:
@@ -81,6 +92,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "lean": Method(_lean, "longest disjoint chains of kernels, found greedily"),
         "path": Method(_path, "longest chains from the model's inputs to its outputs"),
+        "relevance": Method(
+            _relevant, "kernels through which most of the outputs flows, on batches", norm=SHARE
+        ),
         "spectral": Method(_largest, "kernels with the largest norm", norm="spectral"),
         "l1": Method(
             _largest, "kernels with the largest sum of absolute weights", norm="l1", gains=False

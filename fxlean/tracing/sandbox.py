@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import threading
@@ -148,3 +149,13 @@ def on_cpu() -> Iterator[None]:
     else:
         with torch.device("cpu"):
             yield
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; computed weights, which deepcopy refuses, are detached in it."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)

@@ -180,8 +180,9 @@ LAYERS = [
             ((5, 5), (12, 1, 2, 2), (6,)),
             ((3, 3, 3), (5, 6, 2, 2, 2), ()),
             ((5, 5), (6, 5, 2, 2), (1, True)),
+            ((5, 5), (6, 2, 2, 2), (2, True)),
         ]
-        for rows in [weight[1] if options[1:] else weight[0]]
+        for rows in [weight[1] * options[0] if options[1:] else weight[0]]
         for bias in (None, sparse(rows, seed=1))
     ),
     (aten.mm.default, (Data((3, 6)), sparse(6, 5))),
@@ -240,15 +241,6 @@ def test_layers_depend_on_the_columns_that_they_are_said_to_read(operator, args)
             unread[:, ~read & ~applied.source.zero] += 1.0
             changed = results(site, {node: unread}, site.node.args)[0][:, rows]
             assert torch.equal(whole.nan_to_num(), changed.nan_to_num())
-
-
-def test_transposed_convolutions_in_groups_keep_their_channels():
-    args = convolved(Data((2, 6, 5, 5)), sparse(6, 3, 2, 2), None, groups=2, transposed=True)
-    generator = torch.Generator().manual_seed(0)
-    site, slots, flows = on_slots(aten.convolution.default, args, generator, owner="layer")
-    assert not slots.applications
-    for flow in (site.flow(), *flows):
-        assert torch.isin(flow.ids, torch.cat(slots.pinned)).all()
 
 
 @pytest.mark.parametrize("refused", [False, True])

@@ -9,8 +9,9 @@ from fxlean.compaction.attempts import remove_masks
 from fxlean.compaction.cut import part_of, shrink
 from fxlean.compaction.plan import layers_of
 from fxlean.compaction.rules import FOLLOW
-from fxlean.compaction.verify import copied, difference, outputs
+from fxlean.compaction.verify import difference, outputs
 from fxlean.compaction.walk import slots_of
+from fxlean.tracing.sandbox import copied
 from fxlean.tracing.tracer import trace_model
 from tests.support.oracles import RecordConvolutions
 from tests.support.zoo import ZOO, make

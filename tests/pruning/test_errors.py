@@ -63,7 +63,10 @@ def with_weight(value):
         ({"ratio": float("nan")}, r"ratio is nan\. "),
         ({"ratio": "0.5"}, r"ratio is '0\.5'\. "),
         ({"ratio": True}, r"ratio is True\. "),
-        ({"method": "lan"}, r"method is 'lan'\. Pass one of lean, path, spectral, l1, random"),
+        (
+            {"method": "lan"},
+            r"method is 'lan'\. Pass one of lean, path, relevance, spectral, l1, random",
+        ),
         ({"method": ["lean"]}, r"method is \['lean'\]\. Pass one of lean, path"),
         ({"redundancy": "no"}, r"redundancy is 'no'\. Pass True or False"),
         ({"prune_outputs": 1}, r"prune_outputs is 1\. Pass True or False"),

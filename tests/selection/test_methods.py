@@ -53,9 +53,10 @@ def select(name: str, graph: ChannelGraph, budget: int, seed: int = 0) -> np.nda
 
 
 def test_there_are_the_methods_of_the_documentation():
-    assert list(METHODS) == ["lean", "path", "spectral", "l1", "random"]
+    assert list(METHODS) == ["lean", "path", "relevance", "spectral", "l1", "random"]
     assert all(method.description for method in METHODS.values())
     assert {name: method.norm for name, method in METHODS.items() if method.norm} == {
+        "relevance": "share",
         "spectral": "spectral",
         "l1": "l1",
         "random": "l1",

@@ -1,0 +1,203 @@
+"""What repair does at one layer: measure what it lacks, solve, and write the correction down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..channels.calls import read_call
+from ..channels.weights import Weight
+from ..errors import ArgumentError
+from .elements import Elements, elements_of
+from .least_squares import Sample, correct, in_layout, operator_of
+from .shares import data_of
+from .side_by_side import Side, Stop
+
+OTHER_DATA = "reads data of another shape than in the reference"
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The held-out error of a layer, relative to the standard deviation of what it should give."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same batch in the network that is repaired and in its reference.
+
+    Attributes:
+        mine, theirs: the two networks.
+        held: fraction of the samples, the last ones, that are held out.
+    """
+
+    mine: Side
+    theirs: Side
+    held: float
+
+    def meet(self, number: int) -> Any:
+        """Run both up to a stop, and the reference past it; returns what it gives there."""
+        self.mine.advance(self.mine.stops[number].node)
+        self.theirs.advance(self.theirs.stops[number].node)
+        return self.theirs.run()
+
+    def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The leading part of values to solve for, and the rest to choose by."""
+        first = round(values.shape[0] * (1 - self.held))
+        return values[:first], values[first:]
+
+
+class OtherDataError(Exception):
+    """A layer reads data of another shape than in the reference."""
+
+
+def correct_layer(
+    model: nn.Module, pairs: Sequence[Pair], number: int, elements: Elements, steps: int
+) -> LayerError:
+    """Correct a convolution or linear layer on pairs that have met there, in place.
+
+    Args:
+        model: whose layer it is.
+        pairs: at least one of them holds samples out.
+        number: of the stop.
+        elements: of the weight.
+        steps: conjugate gradient steps.
+    """
+    side = pairs[0].mine
+    stop = side.stops[number]
+    assert stop.block is not None
+    weight = stop.block.weight
+    linear = weight.columns is not None
+    fit, held, spread = _samples(pairs, number, linear=linear)
+    mask = _kept(weight, elements)
+    constant, sign = _constant(model, side, stop)
+    free = mask.new_zeros(len(mask)) if constant is None else constant.kept
+    free = free & mask.flatten(1).any(1)  # a channel without kernels stays dead
+    found = correct(operator_of(weight, stop.node), mask, free, fit, held, steps=steps)
+    elements.add(in_layout(weight, found.kernels[..., 0] if linear else found.kernels))
+    if constant is not None:
+        constant.add(sign * found.bias)
+    before, after = float(found.before.sum()), float(found.after.sum())
+    return LayerError(weight.layer_name, relative(before, spread), relative(after, spread))
+
+
+def _kept(weight: Weight, elements: Elements) -> Tensor:
+    """True for the elements that may change, shape (out, in, *size); not in kernels of zeros.
+
+    Those have been pruned without masks, or before `prune.remove`.
+    """
+    kept, value = weight.kernels(elements.kept), weight.kernels(elements.value())
+    if weight.columns is not None:
+        return (kept & (value != 0))[..., None]
+    alive = value.flatten(2).any(2)
+    return kept & alive.reshape(*alive.shape, *[1] * (kept.dim() - 2))
+
+
+def _samples(
+    pairs: Sequence[Pair], number: int, *, linear: bool
+) -> tuple[list[Sample], list[Sample], float]:
+    """What a layer reads and lacks, to solve for and held out; and the spread of its target."""
+    fit: list[Sample] = []
+    held: list[Sample] = []
+    targets: list[Tensor] = []
+    for pair in pairs:
+        target = pair.meet(number)
+        node = pair.mine.stops[number].node
+        x, result = pair.mine.running.value(data_of(node)), pair.mine.running.compute(node)
+        if result.shape != target.shape:
+            raise OtherDataError
+        _check_finite(pair.mine.stops[number], target)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values = [t.to(wide)[..., None] if linear else t.to(wide) for t in (x, target, result)]
+        (x, x_held), (target, y_held), (result, result_held) = map(pair.split, values)
+        if len(x):
+            fit.append(Sample(x, target - result))
+        if len(x_held):
+            held.append(Sample(x_held, y_held - result_held))
+            targets.append(y_held)
+    return fit, held, spread_of(targets)
+
+
+def correct_norm(pairs: Sequence[Pair], number: int, mean: Tensor, reference: Tensor) -> None:
+    """Shift the running mean of a batch norm by as much as its input has shifted, in place.
+
+    Only of channels whose held-out error falls. Both networks must have met before it.
+
+    Args:
+        pairs: run up to the batch norm.
+        number: of the stop.
+        mean: the running mean, changed in place.
+        reference: the running mean in the reference.
+    """
+    fit: list[Tensor] = []
+    held: list[Tensor] = []
+    for pair in pairs:
+        pair.mine.advance(pair.mine.stops[number].node)
+        pair.theirs.advance(pair.theirs.stops[number].node)
+        x, y = (
+            side.running.value(data_of(side.stops[number].node))
+            for side in (pair.mine, pair.theirs)
+        )
+        if x.shape != y.shape:
+            raise OtherDataError
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        for part, found in zip(pair.split(x.to(dtype) - y.to(dtype)), (fit, held), strict=True):
+            found.append(part.transpose(0, 1).flatten(1))
+    known = (mean - reference).to(dtype)
+    count = sum(part.shape[1] for part in fit)
+    total = torch.stack([part.sum(1, dtype=torch.float64) for part in fit]).sum(0)
+    shift = (total / count).to(dtype) - known
+    before, after = torch.zeros_like(total), torch.zeros_like(total)
+    for part in held:
+        left = part - known[:, None]
+        before += left.square().sum(1, dtype=torch.float64)
+        after += (left - shift[:, None]).square().sum(1, dtype=torch.float64)
+    mean += torch.where(after < before, shift, 0).to(mean.dtype)
+
+
+def _constant(model: nn.Module, side: Side, stop: Stop) -> tuple[Elements | None, float]:
+    """What adds a constant to every output channel of a layer, and its sign.
+
+    The bias; without one, the running mean of the batch norm that alone reads the layer.
+    """
+    call = read_call(stop.node)
+    bias = call.bias if call is not None else None
+    if isinstance(bias, fx.Node):
+        found = elements_of(model, side.running.origin(bias), side.running.value(bias))
+        return (None if isinstance(found, str) else found), 1.0
+    if stop.statistics is None:
+        return None, 1.0
+    mean = dict(model.named_buffers())[stop.statistics]
+    index = torch.arange(len(mean), device=mean.device)
+    return Elements(mean, index, torch.ones_like(index, dtype=torch.bool)), -1.0
+
+
+def spread_of(targets: Sequence[Tensor]) -> float:
+    """Squared deviations of all channels (dimension 1) from their means, added up."""
+    if not targets:
+        return 0.0
+    flat = [target.double().transpose(0, 1).flatten(1) for target in targets]
+    mean = sum(part.sum(1) for part in flat) / sum(part.shape[1] for part in flat)
+    return sum(float((part - torch.as_tensor(mean)[:, None]).square().sum()) for part in flat)
+
+
+def relative(error: float, spread: float) -> float:
+    """The root of a squared error over the spread of what it is an error of."""
+    return sqrt(error / spread) if spread > 0 else inf if error > 0 else 0.0
+
+
+def _check_finite(stop: Stop, target: Tensor) -> None:
+    assert stop.block is not None
+    if not target.isfinite().all():
+        raise ArgumentError(
+            f"the reference gives NaN or infinity at {stop.block.weight.layer_name}. Pass a "
+            "reference with finite weights, and batches in their usual range."
+        )

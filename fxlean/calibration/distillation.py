@@ -1,0 +1,126 @@
+"""`distill`: a short training towards the outputs of the unpruned network, without labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import ArgumentError
+from ..tracing.arguments import check_model, unwrapped
+from ..tracing.inputs import Arguments, call
+from .batches import read_batches
+from .elements import put_back, saved
+from .reference import floats_of, outputs_of, refresh_masks
+from .repair_model import DELAY
+from .statistics import batch_norms_training, measure_statistics
+
+RATE = 1e-3
+
+
+def distill(
+    model: nn.Module,
+    batches: Any,
+    reference: nn.Module,
+    steps: int,
+    *,
+    rate: float = RATE,
+    progress: bool | None = None,
+) -> None:
+    """Train a pruned or compacted model in place to give what the unpruned network gives.
+
+    `steps` steps of Adam, one batch each, over and over, on the mean squared difference of every
+    floating-point tensor that the model returns, relative to its variance. Masks stay on, and
+    parameters that do not require gradients stay. Batch norms run in training mode, and their
+    statistics are measured anew at the end; everything else, dropout too, is in eval mode.
+
+    Args:
+        model: any module, best after rounds of pruning and repair. If training fails it is put
+            back; if it is interrupted, what has been learned stays.
+        batches: an iterable of batches such as a `DataLoader`, with tens of samples each; labels
+            beside the only input are left out. They are kept in memory.
+        reference: the unpruned network; not changed.
+        steps: at least 1; some hundred are enough.
+        rate: learning rate.
+        progress: show a bar; by default on a terminal, if it takes seconds.
+
+    Raises:
+        ArgumentError: arguments make no sense, the model does not take the batches, outputs
+            differ in shape, or the error is not a number any more. It is a ValueError.
+    """
+    _check(model, reference, steps, rate)
+    model, reference = unwrapped(model), unwrapped(reference)
+    data = list(read_batches(model, batches))
+    targets = outputs_of(reference, data)
+    values = saved(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [parameter.grad for parameter in parameters]
+    disable = None if progress is None else not progress
+    bar = tqdm(range(steps), "fxlean: distill", delay=DELAY, leave=False, disable=disable)
+    try:
+        with batch_norms_training(model), bar:
+            _train(model, data, targets, torch.optim.Adam(parameters, rate), bar)
+        measure_statistics(model, data)
+    except Exception:
+        put_back(values)
+        raise
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        refresh_masks(model)
+
+
+def _train(
+    model: nn.Module,
+    batches: Sequence[Arguments],
+    targets: Sequence[Sequence[Tensor]],
+    optimizer: torch.optim.Optimizer,
+    numbers: Iterable[int],
+) -> None:
+    """One step of the optimizer for each number, batch after batch."""
+    for number in numbers:
+        which = number % len(batches)
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            loss = _loss(floats_of(call(model, batches[which])), targets[which])
+            loss.backward()
+        if not loss.isfinite():
+            raise ArgumentError(
+                f"the error is {loss.item()} at step {number}. Pass a smaller rate, or batches in "
+                "their usual range."
+            )
+        optimizer.step()
+
+
+def _loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """The squared error of every output, relative to its variance, added up."""
+    shapes, expected = ([tuple(t.shape) for t in tensors] for tensors in (found, wanted))
+    if shapes != expected:
+        raise ArgumentError(
+            f"the model returns shapes {shapes}, the reference {expected}. Pass the network that "
+            "was pruned as reference."
+        )
+    errors = [
+        (ours - theirs).square().mean() / theirs.var(correction=0).clamp(min=1e-30)
+        for ours, theirs in zip(found, wanted, strict=True)
+    ]
+    return torch.stack(errors).sum()
+
+
+def _check(model: Any, reference: Any, steps: Any, rate: Any) -> None:
+    check_model(model)
+    check_model(reference)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ArgumentError(f"steps is {steps!r}. Pass a whole number of at least 1.")
+    if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
+        raise ArgumentError(f"rate is {rate!r}. Pass a positive number, such as {RATE}.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ArgumentError(
+            f"no parameter of {type(model).__name__} requires gradients, so there is nothing to "
+            "train. Set requires_grad where weights may change."
+        )

@@ -1,0 +1,246 @@
+"""`repair`: what pruning has left takes over, by least squares, what its neighbours did."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import ArgumentError
+from ..tracing.arguments import check_model, unwrapped
+from ..tracing.inputs import Arguments
+from ..tracing.leaves import tensors_in
+from ..tracing.sandbox import on_cpu
+from .batches import example_and_batches
+from .corrections import (
+    OTHER_DATA,
+    LayerError,
+    OtherDataError,
+    Pair,
+    correct_layer,
+    correct_norm,
+    relative,
+    spread_of,
+)
+from .elements import SHARED, elements_of, put_back, saved, shared_parameters
+from .least_squares import STEPS
+from .reference import is_unpruned, outputs_of, refresh_masks, without_masks
+from .repair_result import RepairResult
+from .running import Known
+from .side_by_side import opened
+
+HELD = 4  # one in so many samples is held out
+DELAY = 1.0  # seconds before progress is shown
+Batches = Sequence[Arguments]
+
+
+def repair(
+    model: nn.Module,
+    batches: Any = None,
+    reference: nn.Module | None = None,
+    *,
+    steps: int = STEPS,
+    progress: bool | None = None,
+) -> RepairResult:
+    """Repair a pruned model in place, by least squares on unlabelled batches.
+
+    Both networks run side by side. At each convolution and linear layer, in order, the kept kernels
+    and the bias are solved for so that, from what the repaired layers before it feed it, the layer
+    gives what it gives in the reference. Without a bias, the running mean of the batch norm
+    behind it takes the constant up. A quarter of the samples is held out, and every output
+    channel takes what is best there, or stays as it is.
+
+    Masks, masked elements, types, devices and parameters that do not require gradients stay as they
+    are. A model that fails to be repaired is left as it was.
+
+    Args:
+        model: pruned by `prune`, or by any masks or zeros of your own. Compact it afterwards.
+        batches: one batch, or an iterable of batches such as a `DataLoader`; a batch is a tensor,
+            a tuple of arguments or a dict; labels beside the only input are left out. Without
+            them, noise of a shape that the model accepts.
+        reference: the unpruned network; by default the model with its masks off, which is the
+            unpruned one only if nothing but masks has changed since `prune`.
+        steps: conjugate gradient steps for each of the ridges that are tried at a layer.
+        progress: show a bar; by default on a terminal, if it takes seconds.
+
+    Returns:
+        Every layer's error before and after, and that of the outputs.
+
+    Raises:
+        ArgumentError: batches or reference do not fit the model, batches hold NaN, or the unpruned
+            network cannot be told and no reference is given. It is a ValueError.
+    """
+    began = time.perf_counter()
+    check_model(model)
+    model = unwrapped(model)
+    if reference is None:
+        reference = _masks_off(model)
+    check_model(reference)
+    reference = unwrapped(reference)
+    values = saved(model)
+    try:
+        data = list(example_and_batches(model, None, batches)[1])
+        held = held_out([_size(batch) for batch in data])
+        wanted = outputs_of(reference, data)
+        before = _error(outputs_of(model, data), wanted, held)
+        layers, skipped = _repair_all(model, reference, data, held, steps, progress)
+        after = _error(outputs_of(model, data), wanted, held)
+        if after > before:
+            put_back(values)
+            after = before
+    except BaseException:
+        put_back(values)
+        raise
+    finally:
+        refresh_masks(model)
+    samples = sum(_size(batch) for batch in data)
+    count = sum(round(_size(batch) * part) for batch, part in zip(data, held, strict=True))
+    seconds = time.perf_counter() - began
+    return RepairResult(tuple(layers), before, after, samples - count, count, skipped, seconds)
+
+
+def held_out(sizes: Sequence[int]) -> list[float]:
+    """The fraction of every batch that is held out: a quarter, or each fourth of single samples.
+
+    >>> held_out([8, 3])
+    [0.25, 0.3333333333333333]
+    >>> held_out([1, 1])
+    [0.0, 1.0]
+    """
+    if max(sizes) > 1:
+        return [max(1, size // HELD) / size if size > 1 else 0.0 for size in sizes]
+    if len(sizes) < 2:
+        raise ArgumentError(
+            "batches hold one sample. Pass at least two: one in four is held out to choose by."
+        )
+    every = min(HELD, len(sizes))
+    return [float(number % every == every - 1) for number in range(len(sizes))]
+
+
+def _masks_off(model: nn.Module) -> nn.Module:
+    if not is_unpruned(model):
+        raise ArgumentError(
+            f"{type(model).__name__} has changed since its masks were put on, or they are not from "
+            "fxlean, so with its masks off it need not be the unpruned network. Pass that as "
+            "reference: reference = copy.deepcopy(model) before pruning."
+        )
+    return without_masks(model)
+
+
+@on_cpu()
+def _repair_all(
+    model: nn.Module,
+    reference: nn.Module,
+    batches: Batches,
+    held: Sequence[float],
+    steps: int,
+    progress: bool | None,
+) -> tuple[list[LayerError], dict[str, str]]:
+    """Correct every layer of every piece; returns their errors, and what was left alone."""
+    layers: list[LayerError] = []
+    skipped: dict[str, str] = {}
+    known: tuple[Known, Known] = ({}, {})
+    number, pieces = 0, 1
+    while number < pieces:
+        mine, pieces = opened(model, batches, number, known[0])
+        theirs, _ = opened(reference, batches, number, known[1])
+        pairs = [Pair(*both) for both in zip(mine, theirs, held, strict=True)]
+        _check_alike(pairs, model, reference)
+        for found in _repair_piece(model, reference, pairs, steps, progress):
+            if isinstance(found, LayerError):
+                layers.append(found)
+            else:
+                skipped |= found
+        number += 1
+    if not layers:
+        reasons = "; ".join(dict.fromkeys(skipped.values()))
+        raise ArgumentError(
+            f"{type(model).__name__} has no layer that can be repaired ({reasons or 'none found'})."
+            " Set requires_grad where weights may change."
+        )
+    return layers, skipped
+
+
+def _repair_piece(
+    model: nn.Module,
+    reference: nn.Module,
+    pairs: Sequence[Pair],
+    steps: int,
+    progress: bool | None,
+) -> Iterator[LayerError | dict[str, str]]:
+    """Correct the layers of one piece; yields their errors, or why they were left alone."""
+    stops = pairs[0].mine.stops
+    shared = shared_parameters(stop.block.weight for stop in stops if stop.block is not None)
+    means, wanted = dict(model.named_buffers()), dict(reference.named_buffers())
+    disable = None if progress is None else not progress
+    bar = tqdm(stops, "fxlean: repair", delay=DELAY, leave=False, disable=disable)
+    for number, stop in enumerate(bar):
+        try:
+            if stop.block is None:
+                name = pairs[0].theirs.stops[number].statistics
+                correct_norm(pairs, number, means[stop.statistics or ""], wanted[name or ""])
+            else:
+                yield _repair_layer(model, pairs, number, shared, steps)
+        except OtherDataError:
+            if stop.block is not None:
+                yield {stop.block.weight.layer_name: OTHER_DATA}
+        for pair in pairs:
+            pair.mine.running.refresh()
+
+
+def _repair_layer(
+    model: nn.Module, pairs: Sequence[Pair], number: int, shared: set[str], steps: int
+) -> LayerError | dict[str, str]:
+    """Correct one layer; returns its error, or why it was left alone."""
+    block = pairs[0].mine.stops[number].block
+    assert block is not None
+    weight = block.weight
+    found = elements_of(model, weight.origin, weight.value)
+    if weight.origin is not None and weight.origin.parameter in shared:
+        found = SHARED
+    if isinstance(found, str):
+        return {weight.layer_name: found}
+    return correct_layer(model, pairs, number, found, steps)
+
+
+def _check_alike(pairs: Sequence[Pair], model: nn.Module, reference: nn.Module) -> None:
+    """The reference must have the same layers, in the same order, on every batch."""
+    for pair in pairs:
+        mine, theirs = pair.mine.stops, pair.theirs.stops
+        if len(mine) != len(theirs) or len(mine) != len(pairs[0].mine.stops):
+            problem = f"{len(theirs)} layers where the model has {len(mine)}"
+        else:
+            both = zip(mine, theirs, strict=True)
+            other = next((stop for stop, twin in both if not stop.alike(twin)), None)
+            if other is None:
+                continue
+            name = "a batch norm" if other.block is None else other.block.weight.layer_name
+            problem = f"another layer in the place of {name}"
+        raise ArgumentError(
+            f"the reference {type(reference).__name__} has {problem}, so {type(model).__name__} "
+            "cannot be compared with it. Pass the network that was pruned, and repair before "
+            "fxlean.compact."
+        )
+
+
+def _error(
+    found: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]], held: Sequence[float]
+) -> float:
+    """Relative error of the outputs on held-out samples; of those of equal shape."""
+    error, targets = 0.0, defaultdict[int, list[Tensor]](list)
+    for ours, theirs, part in zip(found, wanted, held, strict=True):
+        for number, (mine, target) in enumerate(zip(ours, theirs, strict=False)):
+            first = round(len(target) * (1 - part)) if target.dim() > 1 else 0
+            if mine.shape == target.shape and target.dim() > 1 and first < len(target):
+                error += float((mine[first:] - target[first:]).double().square().sum())
+                targets[number].append(target[first:])
+    return relative(error, sum(spread_of(found) for found in targets.values()))
+
+
+def _size(batch: Arguments) -> int:
+    """Number of samples of a batch."""
+    return max([1, *(tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim())])

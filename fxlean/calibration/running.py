@@ -1,0 +1,96 @@
+"""A traced graph run on real values, node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..channels.rules.movements import moves
+from ..channels.walk import Wired, wire
+from ..channels.weights import Constants, Origin
+from ..tracing.inputs import Arguments
+from ..tracing.leaves import tensors_in
+from ..tracing.tracer import Piece, Trace, trace_model
+
+Known = dict[Any, tuple[Trace, Wired]]  # by the shapes of the inputs
+
+
+def traced(model: nn.Module, batch: Arguments, known: Known) -> tuple[Trace, Wired]:
+    """The graphs of a model for a batch, with their wiring; once for each form of batch.
+
+    A model that traces only in parts runs for real to find what its parts read, so it is traced for
+    every batch.
+    """
+    form = tuple((tensor.shape, tensor.dtype) for tensor in tensors_in(batch))
+    if form in known:
+        return known[form]
+    trace = trace_model(model, batch)
+    wired = wire(model, trace)
+    remember_trace(known, trace, wired)
+    return trace, wired
+
+
+def remember_trace(known: Known, trace: Trace, wired: Wired) -> None:
+    """Keep a trace for batches of the same form, if it is that of a whole model."""
+    piece = trace.pieces[0]
+    if not piece.inputs:
+        values = [node.meta["val"] for node in piece.input_nodes]
+        known[tuple((value.shape, value.dtype) for value in values)] = trace, wired
+
+
+class Running:
+    """One traced graph on one batch; values are forgotten after their last use.
+
+    Attributes:
+        nodes: the calls that depend on the inputs, and the output, in order.
+        values: what has been computed and is still needed, by node.
+    """
+
+    def __init__(self, model: nn.Module, piece: Piece, inputs: Sequence[Any]) -> None:
+        """`inputs` are the tensors that the graph takes, in order."""
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._piece = piece
+        self._state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
+        self.values: dict[fx.Node, Any] = dict(zip(piece.input_nodes, inputs, strict=True))
+        varying = set(piece.input_nodes)
+        self.nodes: list[fx.Node] = []
+        self._last: dict[fx.Node, fx.Node] = {}
+        for node in piece.graph.graph.nodes:
+            if node.op == "output" or not varying.isdisjoint(node.all_input_nodes):
+                varying.add(node)
+                self.nodes.append(node)
+                self._last |= dict.fromkeys(node.all_input_nodes, node)
+        self.refresh()
+
+    def origin(self, node: fx.Node) -> Origin | None:
+        """The parameter elements behind a node that depends on parameters only."""
+        return self._constants.origin(node)
+
+    def refresh(self) -> None:
+        """Forget what was computed of parameters, after they have changed."""
+        self._constants = Constants(self._piece.graph, self._state, moves)
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of a node that has run, or that depends on parameters only."""
+        return self.values[node] if node in self.values else self._constants.value(node)
+
+    def compute(self, node: fx.Node) -> Any:
+        """The value that a node would get now, which is not kept."""
+        with torch.no_grad():
+            args = fx.map_arg(node.args, self.value)
+            if node.op == "output":
+                return args[0]
+            return node.target(*args, **fx.map_arg(node.kwargs, self.value))  # type: ignore
+
+    def step(self, node: fx.Node) -> Any:
+        """Run the next node; returns its value."""
+        value = self.compute(node)
+        if node in self._last:
+            self.values[node] = value
+        for used in node.all_input_nodes:
+            if self._last.get(used) is node:
+                self.values.pop(used, None)
+        return value

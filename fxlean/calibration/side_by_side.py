@@ -1,0 +1,104 @@
+"""Two networks of one architecture run side by side, from layer to layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from ..channels.calls import BatchNorm, read_call
+from ..channels.walk import Wired
+from ..channels.wiring import Block
+from ..tracing.inputs import Arguments
+from ..tracing.leaves import tensors_in
+from ..tracing.tracer import Piece, Trace
+from .running import Known, Running, traced
+
+
+@dataclass(frozen=True, eq=False)
+class Stop:
+    """A convolution, linear layer or batch norm.
+
+    Attributes:
+        node: its call.
+        block: its weight; None for a batch norm.
+        statistics: name of the running mean of a batch norm, or of the one that alone reads a
+            layer; None where there is none, or several read it.
+    """
+
+    node: fx.Node
+    block: Block | None
+    statistics: str | None
+
+    def alike(self, other: Stop) -> bool:
+        """Whether two networks can be compared here."""
+        if self.block is None or other.block is None:
+            return self.block is other.block
+        mine, theirs = self.block.weight, other.block.weight
+        return mine.value.shape == theirs.value.shape and mine.groups == theirs.groups
+
+
+def stops_of(piece: Piece, made: Mapping[fx.Node, range], blocks: Sequence[Block]) -> list[Stop]:
+    """The stops of a piece, in order."""
+    nodes = list(piece.graph.graph.nodes)
+    firsts = {block.first: block for block in blocks}
+    means = {node: piece.state_nodes.get(_running_mean(node)) for node in nodes}
+    times = Counter(means.values())
+    means = {node: name if times[name] == 1 else None for node, name in means.items()}
+    found = []
+    for node in nodes:
+        inside = firsts.keys() & made.get(node, ())
+        if inside:
+            reader = next(iter(node.users)) if len(node.users) == 1 else None
+            found.append(Stop(node, firsts[inside.pop()], reader and means[reader]))
+        elif means[node] is not None:
+            found.append(Stop(node, None, means[node]))
+    return found
+
+
+def _running_mean(node: fx.Node) -> Any:
+    """The running mean that a call normalises with, if it is a batch norm."""
+    call = read_call(node)
+    return call.mean if isinstance(call, BatchNorm) else None
+
+
+class Side:
+    """One network on one batch.
+
+    Attributes:
+        running: the graph of one of its pieces, run as far as was asked.
+        stops: the layers of this piece, in order.
+    """
+
+    def __init__(
+        self, model: nn.Module, trace: Trace, wired: Wired, number: int, batch: Arguments
+    ) -> None:
+        piece = trace.pieces[number]
+        self.running = Running(model, piece, piece.inputs or tensors_in(batch))
+        self.stops = stops_of(piece, wired.walks[number].made, wired.wiring.blocks)
+        self._next = 0
+
+    def advance(self, node: fx.Node) -> None:
+        """Run what comes before a node."""
+        while self.running.nodes[self._next] is not node:
+            self.run()
+
+    def run(self) -> Any:
+        """Run the next node; returns its value."""
+        self._next += 1
+        return self.running.step(self.running.nodes[self._next - 1])
+
+
+def opened(
+    model: nn.Module, batches: Sequence[Arguments], number: int, known: Known
+) -> tuple[list[Side], int]:
+    """A side for each batch, for one piece of a model; and how many pieces there are."""
+    sides, pieces = [], 0
+    for batch in batches:
+        trace, wired = traced(model, batch, known)
+        pieces = len(trace.pieces)
+        sides.append(Side(model, trace, wired, number, batch))
+    return sides, pieces

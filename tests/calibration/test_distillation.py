@@ -1,0 +1,141 @@
+"""Training towards the unpruned network, on masked and on compacted models."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxlean
+from fxlean.calibration import distillation
+from fxlean.calibration.statistics import measure_statistics
+from tests.support.blocks import Outputs, conv, conv_bn_relu, residual
+from tests.support.compare import same_state, state
+from tests.support.zoo import randomise_norms
+
+X = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def network():
+    torch.manual_seed(0)
+    block = residual(nn.Sequential(*conv_bn_relu(8, 8), nn.Dropout(), conv(8, 8)))
+    model = nn.Sequential(conv_bn_relu(3, 8), block, conv(8, 2, 1, bias=True)).eval()
+    randomise_norms(model)
+    reference = copy.deepcopy(model)
+    fxlean.prune(model, 0.5, X[:1], method="path")
+    return model, reference
+
+
+@torch.no_grad()
+def error(model, reference):
+    wanted = reference.eval()(X)
+    return ((model.eval()(X) - wanted).square().mean() / wanted.var()).item()
+
+
+@pytest.mark.parametrize("form", ["masked", "compacted"])
+def test_the_outputs_come_nearer(form):
+    model, reference = network()
+    if form == "compacted":
+        model = fxlean.compact(model, X[:1])
+    before, kept = error(model, reference), state(reference)
+    masks = {key: value for key, value in state(model).items() if key.endswith("_mask")}
+    fxlean.distill(model, X.split(16), reference, 100, rate=0.01)
+    assert error(model, reference) < 0.5 * before
+    assert same_state(reference.state_dict(), kept)
+    after = model.state_dict()
+    assert all(torch.equal(after[key], mask) for key, mask in masks.items())
+    copy.deepcopy(model)  # which a computed weight with gradients would refuse
+
+
+def test_loaders_with_labels_and_several_outputs():
+    torch.manual_seed(0)
+    model = Outputs(("near", "deep")).eval()
+    reference = copy.deepcopy(model)
+    fxlean.prune(model, 0.6, X[:1], method="path")
+    loader = DataLoader(TensorDataset(X, torch.zeros(64)), 16)
+
+    def errors():
+        with torch.no_grad():
+            ours, theirs = model(X), reference(X)
+        return [(ours[key] - theirs[key]).square().mean() for key in ours]
+
+    before = errors()
+    fxlean.distill(model, loader, reference, 100, rate=0.01)
+    assert all(now < 0.7 * then for now, then in zip(errors(), before, strict=True))
+
+
+def test_what_stays_as_it_was():
+    model, reference = network()
+    frozen = model[2].requires_grad_(False)
+    before, flags = state(frozen), []
+    model[0].train()
+    model[0][0].weight_orig.grad = given = torch.ones(8, 3, 3, 3)
+    model[1].branches[0].register_forward_hook(lambda module, *_: flags.append(module[3].training))
+    fxlean.distill(model, X, reference, 2)
+    assert same_state(frozen.state_dict(), before)
+    assert model[0].training
+    assert not model.training
+    assert model[0][0].weight_orig.grad is given
+    assert not any(flags), "dropout is in training mode"
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(norm.momentum == 0.1 for norm in norms)
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "message"),
+    [
+        (0, {}, "steps is 0. Pass a whole number"),
+        (2.5, {}, "steps is 2.5"),
+        (5, {"rate": 0}, "rate is 0. Pass a positive number"),
+        (9, {"rate": 1e30}, "(?s)the error is (nan|inf) at step [1-9]. Pass a smaller rate"),
+        (
+            5,
+            {"reference": conv(3, 5)},
+            r"returns shapes \[\(16, 2, 8, 8\)\], the reference \[\(16, 5",
+        ),
+        (5, {"batches": X[:, :2]}, "Sequential rejects batch 0"),
+    ],
+)
+def test_arguments_that_make_no_sense(steps, options, message):
+    model, reference = network()
+    before = state(model)
+    given = {"batches": X.split(16), "reference": reference, **options}
+    with pytest.raises(fxlean.ArgumentError, match=message):
+        fxlean.distill(model, given.pop("batches"), given.pop("reference"), steps, **given)
+    assert same_state(model.state_dict(), before)
+
+
+def test_nothing_to_train():
+    model, reference = network()
+    with pytest.raises(fxlean.ArgumentError, match="no parameter of Sequential requires gradients"):
+        fxlean.distill(model.requires_grad_(False), X, reference, 1)
+
+
+def test_what_was_learned_before_an_interruption_stays(monkeypatch):
+    model, reference = network()
+    before, calls = state(model), []
+
+    def interrupted(found, wanted):
+        calls.append(found)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return loss(found, wanted)
+
+    loss = distillation._loss
+    monkeypatch.setattr(distillation, "_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fxlean.distill(model, X.split(16), reference, 9)
+    assert not same_state(model.state_dict(), before)
+    assert not model[0][1].training
+
+
+def test_statistics_are_the_means_over_batches():
+    norm = nn.BatchNorm2d(3, momentum=0.7).eval()
+    measure_statistics(nn.Sequential(norm, nn.Dropout()), [(X[:32],), (X[32:],)])
+    halves = [part.transpose(0, 1).flatten(1) for part in (X[:32], X[32:])]
+    torch.testing.assert_close(norm.running_mean, sum(h.mean(1) for h in halves) / 2)
+    torch.testing.assert_close(norm.running_var, sum(h.var(1) for h in halves) / 2)
+    assert norm.momentum == 0.7
+    assert norm.num_batches_tracked == 0
+    assert not norm.training
