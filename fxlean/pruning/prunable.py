@@ -20,6 +20,7 @@ from ..tracing.arguments import public_name
 COMPUTED = "its weight is a buffer, or computed so that zeroing a parameter zeroes no kernel"
 CONFLICT = "its parameter is used in two different ways"
 IGNORED = "ignored"
+LINEAR = "linear (include_linear=True includes it)"
 OUTPUT = "produces the model's output (prune_outputs=True includes it)"
 UNREACHED = "not reached by the forward pass in eval mode"
 
@@ -71,6 +72,8 @@ def find_prunable(
     for number, block in enumerate(wiring.blocks):
         if block.weight.columns is None or include_linear:
             numbers[_identity(number, block.weight)].append(number)
+        else:
+            skipped[block.weight.layer_name] = LINEAR
     conflicts = _conflicts([wiring.blocks[group[0]].weight for group in numbers.values()])
     prunable: dict[int, Layer] = {}
     weights, pruned, start = [], [], 0

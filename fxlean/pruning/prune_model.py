@@ -40,6 +40,7 @@ from .lengths import with_norms
 from .masks import apply_masks, parameter_masks
 from .progress import Stages
 from .prunable import Network, find_prunable
+from .ranks import agreed
 from .result import LayerCount, PruneResult, by_reason, times
 
 
@@ -60,7 +61,9 @@ def prune(
     """Prune a model in place to a fraction of its convolution kernels, with masks.
 
     The masks are those of `torch.nn.utils.prune`: train on to fine-tune, `prune.remove` makes
-    them permanent. A model that fails to be pruned is left as it was.
+    them permanent. A model that fails to be pruned is left as it was. In a process group every rank
+    must prune, before or after wrapping in `DistributedDataParallel`, and all get the masks of the
+    first.
 
     Args:
         model: any convolutional network, on any device, in any floating-point type.
@@ -132,6 +135,7 @@ def prune(
         if redundancy:
             keep = used_kernels(graph, keep)
         zero = zero_channels(graph, keep, redundancy=redundancy)
+        keep, zero, selected, chains = agreed((keep, zero, selected, chains))
         stages.start("masks")
         masks = parameter_masks(model, network, keep, zero)
         unpruned = fingerprint(model) if is_unpruned(model) else None
@@ -147,6 +151,7 @@ def prune(
             LayerCount(layer.name, int(keep[layer.kernels].sum()), layer.rows * layer.columns)
             for layer in graph.layers
         ),
+        share=_share(model, network),
         opaque_ops=network.opaque_ops,
         skipped=network.skipped,
         timings=stages.seconds,
@@ -337,6 +342,12 @@ def _network(
             "include_linear=True to prune linear layers."
         )
     return network
+
+
+def _share(model: nn.Module, network: Network) -> float:
+    """The fraction of the elements of all parameters that prunable kernels hold."""
+    prunable = sum(weight.value.numel() for weight in network.weights)
+    return prunable / sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager

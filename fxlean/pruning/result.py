@@ -30,6 +30,7 @@ class PruneResult:
         selected: kernels that the method chose to keep, before redundant ones were removed.
         chains: how many chains were extracted; 0 for methods that rank kernels one by one.
         layers: kept and total of every prunable layer, in the order of the network.
+        share: fraction of the elements of all parameters that prunable kernels hold.
         opaque_ops: operators without a rule, with how often they occurred.
         skipped: layers and parts that were left alone, and why.
         timings: seconds spent in each stage: trace, norms, select, masks.
@@ -43,6 +44,7 @@ class PruneResult:
     selected: int
     chains: int
     layers: tuple[LayerCount, ...]
+    share: float
     opaque_ops: Mapping[str, int]
     skipped: Mapping[str, str]
     timings: Mapping[str, float]
@@ -67,6 +69,7 @@ class PruneResult:
         lines += [_row(row.name, row.kept, row.total, width) for row in self.layers]
         lines.append("-" * len(lines[0]))
         lines.append(_row("all", self.kept, self.total, width))
+        lines.append(f"These kernels hold {self.share:.1%} of all parameters.")
         lines.append("")
         lines.append(self._summary())
         if self.repair is not None:

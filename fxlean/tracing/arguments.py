@@ -22,6 +22,12 @@ def check_model(model: Any) -> None:
             f"{type(model).__name__} is compiled by TorchScript, which cannot be traced. Prune "
             "the original module, then script it."
         )
+    sharded = [name or type(m).__name__ for name, m in model.named_modules() if _is_sharded(m)]
+    if sharded:
+        raise ArgumentError(
+            f"sharded over processes, so that no process has whole weights: {some(sharded)}. Prune "
+            "the model before it is sharded; masks are sharded with it."
+        )
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ArgumentError(
@@ -64,6 +70,13 @@ def _quantises(module: nn.Module) -> bool:
     """Whether a module observes or imitates quantisation, if anybody has loaded such modules."""
     fakes = sys.modules.get("torch.ao.quantization.fake_quantize")
     return fakes is not None and isinstance(module, fakes.FakeQuantizeBase)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP, 1 or 2, has the weights of a module, if anybody has loaded it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = [getattr(fsdp, name, None) for name in ("FullyShardedDataParallel", "FSDPModule")]
+    return isinstance(module, tuple(kind for kind in kinds if kind is not None))
 
 
 def _check_tensors(named: Iterable[tuple[str, Tensor]]) -> None:

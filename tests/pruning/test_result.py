@@ -18,6 +18,7 @@ def result(**changes):
         "selected": 1300,
         "chains": 77,
         "layers": (LayerCount("stem", 200, 4000), LayerCount("body.0.conv", 1000, 36000)),
+        "share": 0.125,
         "opaque_ops": {"aten.bmm.default": 2},
         "skipped": {"head": "ignored"},
         "timings": {"trace": 0.5, "norms": 1.25},
@@ -32,6 +33,7 @@ def test_the_table():
         "body.0.conv       1,000      36,000    2.78%",
         "-" * 44,
         "all               1,200      40,000    3.00%",
+        "These kernels hold 12.5% of all parameters.",
         "",
         "lean selected 1,300 kernels in 77 chains; 100 redundant ones removed "
         "(trace 0.50 s, norms 1.25 s)",

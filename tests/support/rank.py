@@ -1,0 +1,96 @@
+"""One rank of several: `torchrun --nproc-per-node=2 tests/support/rank.py`."""
+
+import copy
+import hashlib
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import fxlean
+
+
+def network(rank: int) -> nn.Module:
+    """The same weights on every rank, and batch norms that have seen other data."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    torch.manual_seed(rank)
+    with torch.no_grad():
+        model(torch.randn(4, 3, 12, 12) * (rank + 1))
+    return model
+
+
+def digest(model: nn.Module) -> str:
+    """A fingerprint of names, masks and parameters, in their order, without statistics."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if "running" not in name and "tracked" not in name:
+            found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def everywhere(value: str) -> set[str]:
+    """The values of all ranks."""
+    values: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return {str(found) for found in values}
+
+
+def check_masks(rank: int, method: str, wrapped: bool, broadcast: bool) -> None:
+    """All ranks have the same masks, and still have them after a step of training."""
+    model = network(rank)
+    whole = model
+    if wrapped:
+        whole = DistributedDataParallel(model, broadcast_buffers=broadcast)
+    result = fxlean.prune(whole, 0.4, torch.zeros(1, 3, 12, 12), method=method)
+    if not wrapped:
+        whole = DistributedDataParallel(model, broadcast_buffers=broadcast)
+    case = (method, wrapped, broadcast)
+    assert len(everywhere(str(result.layers))) == 1, case
+    assert len(everywhere(digest(model))) == 1, case
+    masks = {name: mask.clone() for name, mask in model.named_buffers() if "mask" in name}
+    assert masks, case
+    optimizer = torch.optim.SGD(whole.parameters(), 0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        whole(torch.randn(4, 3, 12, 12)).square().mean().backward()
+        optimizer.step()
+    assert len(everywhere(digest(model))) == 1, case
+    for name, mask in model.named_buffers():
+        assert name not in masks or torch.equal(mask, masks[name]), (case, name)
+
+
+def check_refusals(rank: int) -> None:
+    """Sharded models are refused, and still work."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for shard in (
+        lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
+        lambda model: fully_shard(model, mesh=mesh),
+    ):
+        model: Any = shard(copy.deepcopy(network(rank)))
+        with pytest.raises(fxlean.ArgumentError, match="Prune the model before it is sharded"):
+            fxlean.prune(model, 0.5, torch.zeros(1, 3, 12, 12))
+        model(torch.randn(2, 3, 12, 12)).sum().backward()
+
+
+def main() -> None:
+    """Check all combinations."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for wrapped, broadcast in itertools.product((True, False), (True, False)):
+        for method in ("lean", "random"):
+            check_masks(rank, method, wrapped, broadcast)
+    check_refusals(rank)
+    print(f"rank {rank}: same")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
