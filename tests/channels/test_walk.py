@@ -10,7 +10,7 @@ from tests.support.strategies import networks
 from tests.support.zoo import ZOO, make
 
 # Where something stands between a kernel and a value that can hide a dependence.
-INEXACT = {"self_attention"}
+INEXACT = {"opaque"}
 
 
 def dependences(model, inputs):

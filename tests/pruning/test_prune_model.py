@@ -20,7 +20,7 @@ from tests.support.oracles import changed_kernel, observe, read
 from tests.support.strategies import networks
 from tests.support.zoo import ZOO, make
 
-OPAQUE = {"self_attention"}
+OPAQUE = {"opaque"}
 # The cut-off networks that random and magnitude pruning leave behind are expected here.
 pytestmark = pytest.mark.filterwarnings("ignore::fxlean.PruneWarning")
 every_network = pytest.mark.parametrize("name", sorted(ZOO))
@@ -259,12 +259,14 @@ def test_other_types_of_weights(dtype):
 
 
 def test_results_print_and_serialise():
-    model, inputs = make("self_attention")
-    with pytest.warns(fxlean.PruneWarning, match=r"no rule for .*aten\.bmm.*fxlean\.register"):
+    model, inputs = make("opaque")
+    with pytest.warns(
+        fxlean.PruneWarning, match=r"no rule for .*aten\._cdist_forward.*fxlean\.register"
+    ):
         result = fxlean.prune(model, 0.5, inputs)
     text = str(result)
     assert all(layer.name in text for layer in result.layers)
-    assert "opaque: aten.bmm" in text
+    assert "opaque: aten._cdist_forward" in text
     assert json.loads(json.dumps(result.to_dict()))["ratio"] == result.ratio
     assert set(result.timings) == {"trace", "norms", "select", "masks"}
 

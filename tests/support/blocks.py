@@ -106,6 +106,11 @@ def self_attention(x: Tensor) -> Tensor:
     return x + tokens.transpose(1, 2).reshape(x.shape)
 
 
+def distances(x: Tensor) -> Tensor:
+    """Distances between rows: an operator without a rule."""
+    return x + torch.cdist(x, x)
+
+
 class DenseInPlace(nn.Module):
     """Mixed-scale dense network: every layer reads all earlier ones from one shared buffer."""
 

@@ -24,6 +24,7 @@ NORMALISED = [
     (aten.native_layer_norm.default, (Data((2, 3, 4)), (4,), ONES, ONES, 1e-5)),
     (aten._softmax.default, (IMAGE, 1, False)),
     (aten._log_softmax.default, (IMAGE, -1, False)),
+    (aten._safe_softmax.default, (IMAGE, -1)),
 ]
 WEIGHTED = [
     (
@@ -107,6 +108,11 @@ MIXED = [
     (aten.sort.default, (IMAGE, 1)),
     (aten.topk.default, (IMAGE, 2, 1)),
 ]
+PRODUCTS = [
+    (aten.bmm.default, (Data((2, 3, 4)), Data((2, 4, 5)))),
+    (aten.bmm.default, (Data((2, 3, 4)), torch.ones(2, 4, 5))),
+    (aten.bmm.default, (Data((1, 1, 1)), Data((1, 1, 5)))),
+]
 HALVES = torch.full((4, 1, 1), 0.5)
 POINTWISE = [
     (aten._prelu_kernel.default, (IMAGE, HALVES)),
@@ -130,7 +136,7 @@ POINTWISE = [
     (aten.exp.default, (IMAGE,)),
     (aten.gt.Scalar, (IMAGE, 0)),
 ]
-CALLS = NORMALISED + WEIGHTED + WINDOWED + REDUCED + MIXED + POINTWISE
+CALLS = NORMALISED + WEIGHTED + WINDOWED + REDUCED + MIXED + PRODUCTS + POINTWISE
 ELSEWHERE = {
     aten.cudnn_batch_norm: "runs on CUDA only",
     aten.miopen_batch_norm: "runs on ROCm only",

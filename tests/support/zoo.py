@@ -33,6 +33,7 @@ from tests.support.blocks import (
     conv_bn,
     conv_bn_relu,
     conv_next_block,
+    distances,
     padded_shortcut,
     pre_activation,
     pre_pruned,
@@ -260,4 +261,5 @@ ZOO: dict[str, Case] = {
     "self_attention": Case(
         lambda: between(conv_bn_relu(4, 6), Apply(self_attention), conv_bn_relu(6, 4))
     ),
+    "opaque": Case(lambda: between(conv_bn_relu(4, 6), Apply(distances), conv_bn_relu(6, 4))),
 }

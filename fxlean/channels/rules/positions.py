@@ -146,6 +146,19 @@ def mixed(site: Site) -> Any:
     return _results(site, [make_flow(flow.ids, flow.gain, shape) for shape in site.shapes()])
 
 
+def product(site: Site) -> Flow:
+    """A product of two matrices of flows: a sum, over what they share, of products that meet."""
+    left, right = site.flow(site.argument("self")), site.flow(site.argument("mat2"))
+    (batch, rows, shared), columns = left.shape, right.shape[2]
+    flows = [
+        make_flow(left.ids[..., None], left.gain[..., None], (batch, rows, shared, 1)),
+        make_flow(right.ids[:, None], right.gain[:, None], (batch, 1, shared, columns)),
+    ]
+    met = site.wiring.join(Kind.PRODUCT, flows, (batch, rows, shared, columns))
+    summed = site.wiring.merge(met, [0, 1, 3])
+    return make_flow(summed.ids.squeeze(2), summed.gain.squeeze(2), site.shape)
+
+
 def _results(site: Site, flows: Sequence[Flow]) -> Any:
     """One flow, or several; the integers among several are places, and never dead."""
     value = site.node.meta["val"]

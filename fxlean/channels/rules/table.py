@@ -129,9 +129,11 @@ def _build() -> dict[Any, Rule]:
     return table | {
         aten._softmax: weighted.softmax,
         aten._log_softmax: weighted.softmax,
+        aten._safe_softmax: weighted.softmax,
         aten.addmm: weighted.linear,
         aten.as_strided: movements.strided,
         aten.as_strided_: movements.strided,
+        aten.bmm: positions.product,
         aten.col2im: positions.folded,
         aten.constant_pad_nd: movements.pad,
         aten.convolution: weighted.convolution,
