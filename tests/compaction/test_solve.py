@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import fxlean
 from fxlean.compaction import cut, solve
@@ -40,6 +41,19 @@ def goes(model, slots, kept, inputs, expected):
 
 def without(kept, label, number):
     return lambda slots: kept(slots) & (label[slots] != number)
+
+
+def test_a_layer_that_feeds_itself_keeps_all_that_it_reads():
+    layer = nn.Conv2d(4, 4, 1, bias=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), layer, layer, nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.ones(3), 1)[:, :, None, None])
+        model[3].weight[:, 1:] = 0
+    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), reshape=True)
+    kept = solve.solve(slots)
+    for applied in slots.applications:
+        read = applied.columns_read(kept(applied.result.slots) & ~applied.result.zero)
+        assert kept(applied.source.slots)[read].all()
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
