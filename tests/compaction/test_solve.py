@@ -56,6 +56,17 @@ def test_a_layer_that_feeds_itself_keeps_all_that_it_reads():
         assert kept(applied.source.slots)[read].all()
 
 
+def test_zeros_that_stay_need_nothing_to_be_read():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, groups=8, bias=False))
+    with torch.no_grad():
+        model[0].weight[2:] = 0
+    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), reshape=True)
+    kept = solve.solve(slots)
+    first, second = slots.applications
+    assert kept(second.result.slots).all()
+    assert kept(first.result.slots).tolist() == [True] * 2 + [False] * 6
+
+
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_no_further_set_of_linked_slots_can_go(name, monkeypatch):
     # Without what is kept because fewer channels would not be faster.
