@@ -90,3 +90,51 @@ def test_what_a_batch_norm_finds_constant_is_dead_if_masks_can_drop_it(masked):
     kinds, wiring = followed(aten.native_batch_norm.default, *args)
     assert kinds == ([Kind.DEAD, Kind.LIVE] * 2 if masked else [Kind.LIVE] * 4)
     assert len(wiring.biases) == 2 * masked
+
+
+def test_a_derived_channel_takes_the_gain_along_its_edge():
+    wiring = Wiring()
+    ids = wiring.add_channels(Kind.LIVE, 2)
+    flow = make_flow(ids, torch.tensor([2.0, 3.0]).double(), (2,))
+    derived = wiring.derive(Kind.SUM, flow, torch.tensor([True, False]))
+    assert derived.ids[1] == ids[1]
+    assert derived.gain.tolist() == [1.0, 3.0]
+    assert edges(finished(wiring), derived.ids[0]) == [(int(ids[0]), 2.0)]
+
+
+def test_chains_run_through_what_is_opaque_and_not_through_other_hubs():
+    wiring = Wiring()
+    ids = wiring.add_channels(Kind.LIVE, 2)
+    hub, opaque = int(wiring.hub(ids)), int(wiring.opaque("name", ids))
+    graph = finished(wiring)
+    assert edges(graph, hub) == [(int(number), 0.0) for number in ids]
+    assert edges(graph, opaque) == [(int(number), 1.0) for number in ids]
+    assert np.flatnonzero(graph.opaque).tolist() == [opaque]
+    assert wiring.opaque_ops == {"name": 1}
+
+
+def test_joined_channels_have_an_edge_from_each_with_its_own_gain():
+    wiring = Wiring()
+    ids = wiring.add_channels(Kind.LIVE, 2)
+    gains = torch.tensor([2.0, 3.0]).double()
+    flows = [make_flow(ids[n : n + 1], gains[n : n + 1], (1,)) for n in range(2)]
+    joined = wiring.join(Kind.SUM, flows, (1,))
+    assert edges(finished(wiring), joined.ids[0]) == [(int(ids[0]), 2.0), (int(ids[1]), 3.0)]
+
+
+def test_channels_that_share_an_element_of_a_bias_are_of_one_group():
+    wiring = Wiring()
+    ids = wiring.add_channels(Kind.LIVE, 5)
+    for index, channels in [([1, 0], ids[:2]), ([0, 2], ids[2:4])]:
+        wiring.biases.append(("bias", torch.tensor(index), channels))
+    wiring.biases.append(("other", torch.tensor([1]), ids[4:]))
+    groups = torch.from_numpy(finished(wiring).groups).long()
+    assert groups[ids].tolist() == ids[[0, 1, 1, 3, 4]].tolist()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_a_parameter_adds_to_channels_is_their_bias(masked):
+    added = torch.ones(4, 1, 1)
+    wiring = followed(aten.add.Tensor, Parameter(added) if masked else added)[1]
+    assert len(wiring.biases) == masked
+    assert finished(wiring).num_channels == 6 + 4 * (not masked)
