@@ -228,6 +228,17 @@ def test_how_two_flows_join(operator, kinds):
     assert flow.gain.flatten().tolist() == [1.0]
 
 
+@pytest.mark.parametrize(
+    ("operator", "kind"), [(aten.div.Tensor, Kind.LIVE), (aten.mul.Tensor, Kind.SUM)]
+)
+def test_a_flow_that_joins_itself_is_live_where_it_is_not_a_number_at_zero(operator, kind):
+    site = place(operator, (IMAGE, IMAGE), torch.Generator().manual_seed(0))
+    (node, _) = site.node.args
+    site.node.args = (node, node)
+    flow = rule_for(operator)(site)
+    assert set(graph_of(site).kinds[flow.ids.reshape(-1)]) == {kind}
+
+
 @pytest.mark.parametrize(("factor", "gain"), [(0.5, 0.5), (-3.0, 3.0)])
 def test_a_factor_is_a_gain(factor, gain):
     generator = torch.Generator().manual_seed(0)
