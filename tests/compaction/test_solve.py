@@ -67,6 +67,15 @@ def test_zeros_that_stay_need_nothing_to_be_read():
     assert kept(first.result.slots).tolist() == [True] * 2 + [False] * 6
 
 
+def test_a_batch_norm_keeps_what_the_convolution_before_it_is_filled_up_with():
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 4, 1)).eval()
+    with torch.no_grad():
+        model[2].weight[:, 30:] = 0
+    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), reshape=True)
+    kept = solve.solve(slots)
+    assert [int(kept(applied.result.slots).sum()) for applied in slots.applications] == [32, 32, 4]
+
+
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_no_further_set_of_linked_slots_can_go(name, monkeypatch):
     # Without what is kept because fewer channels would not be faster.
