@@ -9,6 +9,7 @@ from fxlean.channels.calls import (
     BatchNorm,
     Convolution,
     Linear,
+    as_numbers,
     nonzero_kernels,
     read_call,
     sample,
@@ -51,6 +52,10 @@ def test_a_batch_norm_scales_and_shifts_each_channel(affine):
     torch.testing.assert_close((scale * data + shift).float(), result)
 
 
+def test_complex_numbers_count_by_their_magnitude():
+    assert as_numbers(torch.tensor([3j, -4.0])).tolist() == [3.0, 4.0]
+
+
 def test_with_statistics_of_the_batch_only_weight_and_bias_are_known():
     args = (IMAGE, *FOUR[:2], FOUR[2], VARIANCE, True, 0.1, 0.003)
     site = placed(aten.native_batch_norm.default, args)
@@ -59,10 +64,17 @@ def test_with_statistics_of_the_batch_only_weight_and_bias_are_known():
     assert torch.equal(shift.float(), FOUR[1])
 
 
+def holed(*shape):
+    """A sparse weight, of whose kernels some are zero in part."""
+    tensor = sparse(*shape)
+    tensor.view(-1)[::3] = 0
+    return tensor
+
+
 WEIGHTED = [
     (
         aten.convolution.default,
-        (data, sparse(*shape), None, [1], [0], [1], transposed, [0], groups),
+        (data, holed(*shape), None, [1], [0], [1], transposed, [0], groups),
     )
     for data in [LINE]
     for shape, transposed, groups in [

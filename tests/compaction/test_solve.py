@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import fxlean
 from fxlean.compaction import cut, solve
@@ -42,6 +43,39 @@ def goes(model, slots, kept, inputs, expected):
 
 def without(kept, label, number):
     return lambda slots: kept(slots) & (label[slots] != number)
+
+
+def test_a_layer_that_feeds_itself_keeps_all_that_it_reads():
+    layer = nn.Conv2d(4, 4, 1, bias=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), layer, layer, nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.ones(3), 1)[:, :, None, None])
+        model[3].weight[:, 1:] = 0
+    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), reshape=True)
+    kept = solve.solve(slots)
+    for applied in slots.applications:
+        read = applied.columns_read(kept(applied.result.slots) & ~applied.result.zero)
+        assert kept(applied.source.slots)[read].all()
+
+
+def test_zeros_that_stay_need_nothing_to_be_read():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, groups=8, bias=False))
+    with torch.no_grad():
+        model[0].weight[2:] = 0
+    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), reshape=True)
+    kept = solve.solve(slots)
+    first, second = slots.applications
+    assert kept(second.result.slots).all()
+    assert kept(first.result.slots).tolist() == [True] * 2 + [False] * 6
+
+
+def test_a_batch_norm_keeps_what_the_convolution_before_it_is_filled_up_with():
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 4, 1)).eval()
+    with torch.no_grad():
+        model[2].weight[:, 30:] = 0
+    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), reshape=True)
+    kept = solve.solve(slots)
+    assert [int(kept(applied.result.slots).sum()) for applied in slots.applications] == [32, 32, 4]
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))

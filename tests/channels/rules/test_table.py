@@ -110,6 +110,45 @@ def test_what_dies_with_a_channel_is_zero(operator, args):
                 assert not after[number][dead[flow.ids.expand(flow.shape)]].nan_to_num(0.0).any()
 
 
+PLACES = [
+    call for call in CALLS if call[0] in (aten.grid_sampler_2d.default, aten.max_unpool2d.default)
+]
+
+
+@pytest.mark.parametrize(("operator", "args"), PLACES)
+@pytest.mark.parametrize("dead", [0, 1])
+def test_what_is_taken_from_a_place_dies_with_the_value_but_not_with_the_place(
+    operator, args, dead
+):
+    site = call(operator, args, torch.Generator().manual_seed(0))
+    for number, node in enumerate(site.nodes()):
+        value = site.env[node]
+        site.env[node] = make_flow(torch.tensor([2 + number]), torch.ones(1), value.shape)
+    ((_, flow),), graph = flows_of(site), graph_of(site)
+    graph.kinds[2 + dead] = Kind.DEAD
+    assert bool(zero_channels(graph, graph.alive)[flow.ids].all()) is (dead == 0)
+
+
+@pytest.mark.parametrize(
+    ("operator", "args"),
+    [
+        (aten._softmax.default, (-1, False)),
+        (aten.native_layer_norm.default, ((6,), torch.full((6,), -3.0), None, 1e-5)),
+        (aten.native_group_norm.default, (torch.full((4,), -3.0), None, 2, 4, 36, 4, 1e-5)),
+    ],
+)
+def test_channels_that_are_normalised_one_by_one_depend_on_themselves_alone(operator, args):
+    site = place(operator, (IMAGE, *args), torch.Generator().manual_seed(0))
+    (node,) = site.env
+    ids = torch.arange(2, 6)
+    site.env[node] = make_flow(ids.reshape(1, 4, 1, 1), torch.ones(1), IMAGE.shape)
+    ((_, flow),), graph = flows_of(site), graph_of(site)
+    for number, channel in enumerate(ids.tolist()):
+        reached = reached_from(graph, channel)[flow.ids.reshape(-1)]
+        assert reached.tolist() == [number == other for other in range(4)]
+    assert graph.lengths.max() == (1.0 if operator is aten._softmax.default else 3.0)
+
+
 @pytest.mark.parametrize(
     ("function", "preserved"),
     [
@@ -187,6 +226,17 @@ def test_how_two_flows_join(operator, kinds):
     made = np.concatenate(site.wiring._kinds)[2 + CHANNELS :]
     assert set(made.tolist()) == kinds
     assert flow.gain.flatten().tolist() == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"), [(aten.div.Tensor, Kind.LIVE), (aten.mul.Tensor, Kind.SUM)]
+)
+def test_a_flow_that_joins_itself_is_live_where_it_is_not_a_number_at_zero(operator, kind):
+    site = place(operator, (IMAGE, IMAGE), torch.Generator().manual_seed(0))
+    (node, _) = site.node.args
+    site.node.args = (node, node)
+    flow = rule_for(operator)(site)
+    assert set(graph_of(site).kinds[flow.ids.reshape(-1)]) == {kind}
 
 
 @pytest.mark.parametrize(("factor", "gain"), [(0.5, 0.5), (-3.0, 3.0)])

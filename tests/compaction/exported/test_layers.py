@@ -13,7 +13,7 @@ from tests.support.sites import Data
 aten = torch.ops.aten
 LINE, IMAGE, VOLUME = Data((2, 6, 9)), Data((2, 6, 5, 5)), Data((2, 6, 3, 3, 3))
 MATRIX = Data((3, 6))
-BIAS, SIX = sparse(5, seed=1), sparse(6, seed=1)
+BIAS, SIX = sparse(5, seed=3), sparse(6, seed=3)
 MEAN, VARIANCE, ZERO = sparse(6, seed=2), torch.full((6,), 0.01), torch.zeros(6)
 ONES, NONE = [1, 1], [0, 0]
 LAYERS = [
@@ -31,7 +31,12 @@ LAYERS = [
     *(
         (aten.batch_norm.default, (data, *rest, VARIANCE, False, 0.1, 0.003, False))
         for data in (MATRIX, LINE, IMAGE, VOLUME)
-        for rest in [(sparse(6), SIX, MEAN), (sparse(6), SIX, ZERO), (None, None, MEAN)]
+        for rest in [
+            (sparse(6), SIX, MEAN),
+            (sparse(6), SIX, ZERO),
+            (sparse(6), ZERO, ZERO),
+            (None, None, MEAN),
+        ]
     ),
 ]
 OTHERS = [
