@@ -7,6 +7,7 @@ import torch
 import fxlean
 from fxlean.channels.flow import make_flow, scalar_gain
 from fxlean.channels.graph import Kind
+from fxlean.compaction.rules import FOLLOW
 from fxlean.compaction.slots import Slots
 from fxlean.compaction.walk import slots_of
 from fxlean.tracing.tracer import trace_model
@@ -67,6 +68,6 @@ def test_what_is_broadcast_to_the_channels_of_another_stays():
 @pytest.mark.parametrize("name", ["strided", "grouped", "u_net", "three_dimensional"])
 def test_the_work_of_all_layers_is_that_of_the_report(name):
     model, inputs = make(name)
-    slots = slots_of(model, trace_model(model, inputs), reshape=True)
+    slots = slots_of(model, trace_model(model, inputs), FOLLOW[0])
     work = sum(applied.work * applied.nonzero.numel() for applied in slots.applications)
     assert work == fxlean.report(model, inputs).macs

@@ -51,7 +51,7 @@ def test_a_layer_that_feeds_itself_keeps_all_that_it_reads():
     with torch.no_grad():
         layer.weight.copy_(torch.diag(torch.ones(3), 1)[:, :, None, None])
         model[3].weight[:, 1:] = 0
-    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), reshape=True)
+    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), FOLLOW[0])
     kept = solve.solve(slots)
     for applied in slots.applications:
         read = applied.columns_read(kept(applied.result.slots) & ~applied.result.zero)
@@ -62,7 +62,7 @@ def test_zeros_that_stay_need_nothing_to_be_read():
     model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, groups=8, bias=False))
     with torch.no_grad():
         model[0].weight[2:] = 0
-    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), reshape=True)
+    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), FOLLOW[0])
     kept = solve.solve(slots)
     first, second = slots.applications
     assert kept(second.result.slots).all()
@@ -73,7 +73,7 @@ def test_a_batch_norm_keeps_what_the_convolution_before_it_is_filled_up_with():
     model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 4, 1)).eval()
     with torch.no_grad():
         model[2].weight[:, 30:] = 0
-    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), reshape=True)
+    slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), FOLLOW[0])
     kept = solve.solve(slots)
     assert [int(kept(applied.result.slots).sum()) for applied in slots.applications] == [32, 32, 4]
 

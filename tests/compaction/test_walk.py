@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxlean.compaction.rules import FOLLOW
 from fxlean.compaction.solve import solve
 from fxlean.compaction.walk import owners_of, slots_of
 from fxlean.tracing.tracer import trace_model
@@ -76,7 +77,7 @@ def test_what_a_refused_layer_reads_and_writes_stays():
     with torch.no_grad():
         model.middle.weight[:, 1:] = 0
         model.last.weight[:, 1:] = 0
-    slots = slots_of(model, trace_model(model, IMAGE), reshape=True)
+    slots = slots_of(model, trace_model(model, IMAGE), FOLLOW[0])
     kept = solve(slots)
     first, last = slots.applications
     assert kept(first.result.slots).all()
