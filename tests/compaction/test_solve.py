@@ -78,12 +78,13 @@ def test_a_batch_norm_keeps_what_the_convolution_before_it_is_filled_up_with():
     assert [int(kept(applied.result.slots).sum()) for applied in slots.applications] == [32, 32, 4]
 
 
-@pytest.mark.parametrize("name", sorted(ZOO))
+# What an operator without a rule reads is kept, whether or not it matters.
+@pytest.mark.parametrize("name", sorted(set(ZOO) - {"opaque"}))
 def test_no_further_set_of_linked_slots_can_go(name, monkeypatch):
     # Without what is kept because fewer channels would not be faster.
     for module in (solve, cut):
         monkeypatch.setattr(module, "fill_up", lambda chosen, among: chosen)
-    model, inputs = make(name)
+    model, inputs = make(name, torch.float64)
     fxlean.prune(model, 0.4, inputs, method="l1")
     remove_masks(model)
     slots = slots_of(model, trace_model(model, inputs), FOLLOW[0])
