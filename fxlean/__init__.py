@@ -19,8 +19,9 @@ from .errors import (
     TraceError,
 )
 from .norms.operator import operator_norms
-from .pruning.prune_model import iterate, prune, trace
+from .pruning.prune_model import prune, trace
 from .pruning.result import PruneResult
+from .pruning.rounds import iterate
 
 # The path that `register` documents, wherever the rules lie.
 sys.modules[f"{__name__}.rules"] = rules

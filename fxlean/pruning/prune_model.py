@@ -1,43 +1,34 @@
-"""The front door: `prune`, `iterate` and `trace`."""
+"""The front door: `prune` and `trace`."""
 
 from __future__ import annotations
 
 import gc
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from difflib import get_close_matches
-from inspect import signature
-from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..calibration.batches import example_and_batches, restartable
+from ..calibration.batches import example_and_batches
 from ..calibration.reference import fingerprint, is_unpruned, remember
-from ..calibration.repair_model import repair as repair_model
 from ..calibration.shares import shares_of
 from ..channels.graph import ChannelGraph
 from ..channels.walk import Wired, wire
 from ..errors import ArgumentError, PruneWarning, warn
-from ..norms.operator import ORDERS
 from ..selection.methods import METHODS, SHARE
 from ..tracing.arguments import (
     check_finite,
-    check_model,
-    check_traceable,
     resolve_ignored,
     unwrapped,
 )
 from ..tracing.inputs import Arguments
-from ..tracing.rehearsal import rehearsed
-from ..tracing.sandbox import copied, on_cpu
+from ..tracing.sandbox import on_cpu
 from ..tracing.tracer import Trace, trace_model
 from .lengths import with_norms
 from .masks import apply_masks, parameter_masks
+from .options import check
 from .progress import Stages
 from .prunable import Network, find_prunable
 from .ranks import agreed
@@ -101,7 +92,7 @@ def prune(
 
     Source: Schoonhoven, Hendriksen, Pelt and Batenburg, arXiv 2011.06923.
     """
-    _check(
+    check(
         model,
         ratio,
         method=method,
@@ -161,61 +152,6 @@ def prune(
     return result
 
 
-def iterate(
-    model: nn.Module,
-    ratio: float,
-    steps: int,
-    example_inputs: Any = None,
-    *,
-    repair: bool = False,
-    **options: Any,
-) -> Iterator[PruneResult]:
-    """Prune step by step: yields the result of each step, after which you fine-tune.
-
-    Step t of n keeps `ratio ** (t / n)` of the kernels, as in the paper. With `repair`, every step
-    is repaired towards the network as it was at the call, and the next one scores it anew.
-
-    Args:
-        model: pruned in place, further with every step.
-        ratio: fraction of the prunable kernels that is kept in the end.
-        steps: number of steps, at least 1.
-        example_inputs: as for `prune`.
-        repair: whether to repair after every step on the batches of `calibration`, or on noise;
-            then no training is needed between the steps. See `fxlean.repair`.
-        **options: any keyword argument of `prune`.
-
-    Raises:
-        ArgumentError: at the call for bad arguments, not at the first step.
-    """
-    _check_options(options)
-    _check(model, ratio, **options)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ArgumentError(f"steps is {steps!r}. Pass a whole number of at least 1.")
-    check_traceable(unwrapped(model))
-    if example_inputs is not None or options.get("calibration") is None:
-        rehearsed(unwrapped(model), example_inputs)
-    options["calibration"] = restartable(options.get("calibration"))
-    ratios = [ratio ** (step / steps) for step in range(1, steps + 1)]
-    if repair:
-        return _repaired(model, copied(model), ratios, example_inputs, options)
-    return (prune(model, ratio, example_inputs, **options) for ratio in ratios)
-
-
-def _repaired(
-    model: nn.Module,
-    reference: nn.Module,
-    ratios: Sequence[float],
-    example_inputs: Any,
-    options: Mapping[str, Any],
-) -> Iterator[PruneResult]:
-    """Prune to each of these ratios, and repair towards the reference."""
-    for ratio in ratios:
-        result = prune(model, ratio, example_inputs, **options)
-        _, batches = example_and_batches(unwrapped(model), example_inputs, options["calibration"])
-        found = repair_model(model, list(batches), reference, progress=options.get("progress"))
-        yield replace(result, repair=found)
-
-
 def trace(
     model: nn.Module,
     example_inputs: Any = None,
@@ -231,7 +167,7 @@ def trace(
     Arguments and errors are those of `prune`; the model is not changed. With `norm="share"` the
     lengths are shares of variance, as for the method "relevance".
     """
-    _check(
+    check(
         model,
         norm=norm,
         ignore=ignore,
@@ -245,48 +181,6 @@ def trace(
         wired = wire(model, traced)
         network = _network(model, wired, ignore, prune_outputs, include_linear)
         return _filled(model, traced, wired, network, batches, norm, gains=True)
-
-
-def _check(
-    model: Any,
-    ratio: Any = 1.0,
-    *,
-    method: Any = "lean",
-    norm: Any = "spectral",
-    ignore: Any = (),
-    progress: Any = None,
-    calibration: Any = None,
-    **flags: Any,
-) -> None:
-    """Reject arguments that make no sense, before anything is touched.
-
-    Batches for calibration are looked at when they are read.
-    """
-    check_model(model)
-    number = isinstance(ratio, Real) and not isinstance(ratio, bool)
-    if not number or math.isnan(ratio) or not 0 < ratio <= 1:
-        raise ArgumentError(
-            f"ratio is {ratio!r}. Pass the fraction of kernels to keep, above 0 and at most 1: "
-            "0.05 keeps 5 %."
-        )
-    norms = (*ORDERS, SHARE)
-    for name, value, known in (("method", method, METHODS), ("norm", norm, norms)):
-        if not isinstance(value, str) or value not in known:
-            raise ArgumentError(f"{name} is {value!r}. Pass one of {', '.join(known)}.")
-    for name, value in {**flags, "progress": progress is not None and progress}.items():
-        if not isinstance(value, bool):
-            raise ArgumentError(f"{name} is {value!r}. Pass True or False.")
-    resolve_ignored(unwrapped(model), ignore)
-
-
-def _check_options(options: Iterable[str]) -> None:
-    """Reject names that `prune` does not know."""
-    known = [p.name for p in signature(prune).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    for name in options:
-        if name not in known:
-            close = get_close_matches(name, known, 1)
-            meant = f" Did you mean {close[0]}?" if close else ""
-            raise ArgumentError(f"{name} is no option.{meant} Pass any of {', '.join(known)}.")
 
 
 def _data(

@@ -1,0 +1,74 @@
+"""`iterate`: pruning step by step, with fine-tuning by the user or repair in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..calibration.batches import example_and_batches, restartable
+from ..calibration.repair_model import repair as repair_model
+from ..errors import ArgumentError
+from ..tracing.arguments import check_traceable, unwrapped
+from ..tracing.rehearsal import rehearsed
+from ..tracing.sandbox import copied
+from .options import check, check_names
+from .prune_model import prune
+from .result import PruneResult
+
+
+def iterate(
+    model: nn.Module,
+    ratio: float,
+    steps: int,
+    example_inputs: Any = None,
+    *,
+    repair: bool = False,
+    **options: Any,
+) -> Iterator[PruneResult]:
+    """Prune step by step: yields the result of each step, after which you fine-tune.
+
+    Step t of n keeps `ratio ** (t / n)` of the kernels, as in the paper. With `repair`, every step
+    is repaired towards the network as it was at the call, and the next one scores it anew.
+
+    Args:
+        model: pruned in place, further with every step.
+        ratio: fraction of the prunable kernels that is kept in the end.
+        steps: number of steps, at least 1.
+        example_inputs: as for `prune`.
+        repair: whether to repair after every step on the batches of `calibration`, or on noise;
+            then no training is needed between the steps. See `fxlean.repair`.
+        **options: any keyword argument of `prune`.
+
+    Raises:
+        ArgumentError: at the call for bad arguments, not at the first step.
+    """
+    check_names(options, prune)
+    check(model, ratio, **options)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ArgumentError(f"steps is {steps!r}. Pass a whole number of at least 1.")
+    check_traceable(unwrapped(model))
+    if example_inputs is not None or options.get("calibration") is None:
+        rehearsed(unwrapped(model), example_inputs)
+    options["calibration"] = restartable(options.get("calibration"))
+    ratios = [ratio ** (step / steps) for step in range(1, steps + 1)]
+    if repair:
+        return _repaired(model, copied(model), ratios, example_inputs, options)
+    return (prune(model, ratio, example_inputs, **options) for ratio in ratios)
+
+
+def _repaired(
+    model: nn.Module,
+    reference: nn.Module,
+    ratios: Sequence[float],
+    example_inputs: Any,
+    options: Mapping[str, Any],
+) -> Iterator[PruneResult]:
+    """Prune to each of these ratios, and repair towards the reference."""
+    for ratio in ratios:
+        result = prune(model, ratio, example_inputs, **options)
+        _, batches = example_and_batches(unwrapped(model), example_inputs, options["calibration"])
+        found = repair_model(model, list(batches), reference, progress=options.get("progress"))
+        yield replace(result, repair=found)
