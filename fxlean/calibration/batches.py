@@ -168,6 +168,6 @@ def _rejects(model: nn.Module, arguments: Arguments) -> Exception | None:
     with running(model):
         try:
             call(model, arguments)
-        except Exception as err:
+        except Exception as err:  # whatever the model raises for what it rejects
             return err
     return None

@@ -66,7 +66,7 @@ def distill(
         with batch_norms_training(model), bar:
             _train(model, data, targets, torch.optim.Adam(parameters, rate), bar)
         measure_statistics(model, data)
-    except Exception:
+    except Exception:  # whatever: the model is to be as it was
         put_back(values)
         raise
     finally:

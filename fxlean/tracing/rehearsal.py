@@ -84,7 +84,7 @@ def rehearsed(model: nn.Module, example_inputs: Any = None) -> Rehearsal:
     for arguments in candidates:
         try:
             return rehearse(model, arguments)
-        except Exception as err:
+        except Exception as err:  # whatever the model raises at a size that it rejects
             failure = err
     assert failure is not None
     if example_inputs is not None:

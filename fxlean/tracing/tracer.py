@@ -116,7 +116,7 @@ def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
         witness = Witness()
         try:
             piece = _trace(model, "", rehearsal, witness)
-        except Exception as err:
+        except Exception as err:  # whatever Python makes of tensors without values
             _forget(err)
             trace = _trace_children(model, rehearsal, err, witness)
             _warn_of_parts(model, trace)
@@ -154,7 +154,7 @@ def _trace(model: nn.Module, name: str, rehearsal: Rehearsal, witness: Witness) 
             return piece
     except TraceError:
         raise
-    except Exception:
+    except Exception:  # a model that reads what a hook was to leave
         if not rehearsal.onlookers:
             raise
     # What a hook keeps may be read later on, so that it takes part after all.
@@ -235,7 +235,7 @@ def _trace_children(
         if name and name in calls:
             try:
                 piece = _trace(model, name, rehearsal, witness)
-            except Exception as err:
+            except Exception as err:  # as for the whole
                 _forget(err)
                 left_out[name] = f"does not trace as a whole: {first_line(err)}"
             else:
