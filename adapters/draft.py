@@ -104,7 +104,7 @@ class Draft:
             lengths=np.concatenate(self._lengths),
             outputs=returned,
             opaque=np.zeros(len(sizes), dtype=bool),
-            groups=np.arange(len(sizes), dtype=np.int32),
+            ties=np.arange(len(sizes), dtype=np.int32),
             alive=np.concatenate(self._alive),
             layers=tuple(self._layers),
         )

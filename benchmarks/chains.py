@@ -87,7 +87,7 @@ class Builder:
             lengths=np.concatenate(self.lengths),
             outputs=ends,
             opaque=np.zeros(n, dtype=bool),
-            groups=np.arange(n, dtype=np.int32),
+            ties=np.arange(n, dtype=np.int32),
             alive=np.ones(self.num_kernels, dtype=bool),
         )
 

@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compiled", action="store_true", help="compare torch.compile'd networks")
     options = parser.parse_args()
-    warnings.simplefilter("ignore", fxlean.pruning.PruneWarning)
+    warnings.simplefilter("ignore", fxlean.PruneWarning)
     # All compacted forms of a network share its code; beyond 8 of them, torch would not compile.
     torch._dynamo.config.recompile_limit = 100
     print(

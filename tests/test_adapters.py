@@ -71,7 +71,7 @@ CASES = {
 
 PRUNED = ("msd", "msd_wide", "msd_3d", "resnet_average", "fcn", "unet4")
 # Few kernels chosen without regard to each other may connect no input to an output.
-may_disconnect = pytest.mark.filterwarnings("ignore::fxlean.pruning.PruneWarning")
+may_disconnect = pytest.mark.filterwarnings("ignore::fxlean.PruneWarning")
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def rows(graph: ChannelGraph, names: np.ndarray) -> Iterator[tuple[int, Any, np.
             bool(graph.outputs[channel]),
             bool(graph.opaque[channel]),
             bool(prunable),
-            int(names[graph.groups[channel]]),
+            int(names[graph.ties[channel]]),
             sources[order].tobytes(),
         )
         yield int(names[channel]), properties, lengths[order]

@@ -64,8 +64,8 @@ class ChannelGraph:
         lengths: flat float32 edge lengths, at least 0.
         outputs: shape (n,), True for channels that the model returns.
         opaque: shape (n,), True for hubs of operators without a rule; never redundant.
-        groups: shape (n,), equal numbers for channels that can only be zero together, because
-            they share a bias or a batch norm.
+        ties: shape (n,), equal numbers for channels that are tied: they can only be zero together,
+            because they share a bias or a batch norm.
         alive: shape (k,), False for kernels that were pruned earlier.
         layers: the prunable weights, in the order of their kernels.
     """
@@ -79,7 +79,7 @@ class ChannelGraph:
     lengths: NDArray[np.float32]
     outputs: NDArray[np.bool_]
     opaque: NDArray[np.bool_]
-    groups: NDArray[np.int32]
+    ties: NDArray[np.int32]
     alive: NDArray[np.bool_]
     layers: tuple[Layer, ...] = ()
 

@@ -272,12 +272,12 @@ class Wiring:
             lengths=lengths,
             outputs=flags[0],
             opaque=flags[1],
-            groups=self._groups(),
+            ties=self._ties(),
             alive=~pruned.numpy(),
             layers=tuple(layers),
         )
 
-    def _groups(self) -> NDArray[np.int32]:
+    def _ties(self) -> NDArray[np.int32]:
         """Channels that share a bias, connected components numbered by their first channel."""
         import scipy.sparse.csgraph  # here, because it takes a third of the time to import fxlean
 
@@ -294,8 +294,8 @@ class Wiring:
         links = scipy.sparse.coo_array((np.ones(len(left)), (left, right)), shape=shape)
         _, component = scipy.sparse.csgraph.connected_components(links, directed=False)
         _, first = np.unique(component, return_index=True)
-        groups: NDArray[np.int32] = first[component].astype(np.int32)
-        return groups
+        ties: NDArray[np.int32] = first[component].astype(np.int32)
+        return ties
 
     def _append(
         self,

@@ -30,8 +30,8 @@ def zero_channels(
     while True:
         zero, candidate = _sweep_zero(rows, keep, blocked, redundancy)
         in_blocked_group = np.zeros_like(blocked)
-        in_blocked_group[graph.groups[~candidate]] = True
-        in_blocked_group = in_blocked_group[graph.groups]
+        in_blocked_group[graph.ties[~candidate]] = True
+        in_blocked_group = in_blocked_group[graph.ties]
         if not (zero & in_blocked_group).any():
             found: NDArray[np.bool_] = zero
             return found

@@ -128,7 +128,7 @@ def test_channels_that_share_an_element_of_a_bias_are_of_one_group():
     for index, channels in [([0, 1], ids[:2]), ([0, 2], ids[2:4])]:
         wiring.biases.append(("bias", torch.tensor(index), channels))
     wiring.biases.append(("other", torch.tensor([1]), ids[4:]))
-    groups = torch.from_numpy(finished(wiring).groups).long()
+    groups = torch.from_numpy(finished(wiring).ties).long()
     assert groups[ids].tolist() == ids[[0, 1, 0, 3, 4]].tolist()
 
 

@@ -36,8 +36,8 @@ def zero_by_definition(graph, keep, redundancy=True):
         return True
 
     while True:
-        alive_groups = {int(graph.groups[c]) for c in range(graph.num_channels) if c not in zero}
-        left = {c for c in zero if can_be_zero(c) and int(graph.groups[c]) not in alive_groups}
+        live_ties = {int(graph.ties[c]) for c in range(graph.num_channels) if c not in zero}
+        left = {c for c in zero if can_be_zero(c) and int(graph.ties[c]) not in live_ties}
         if left == zero:
             return zero
         zero = left
@@ -102,6 +102,6 @@ def test_a_channel_that_nothing_reads_frees_the_others_of_its_group():
     """Channels 1 and 2 share a bias; all of 2 is pruned, and 1 is not needed: both can be zero."""
     rows = [INPUT, Row((0,), (1.0,), 0), Row((0,), (1.0,), 1), Row((2, 0), (1.0,) * 2, 2)]
     graph = build([*rows[:3], replace(rows[3], output=True)])
-    graph = replace(graph, groups=np.array([0, 1, 1, 3], dtype=np.int32))
+    graph = replace(graph, ties=np.array([0, 1, 1, 3], dtype=np.int32))
     keep = np.array([True, False, True, True])
     assert used_kernels(graph, keep).tolist() == [False, False, False, True]

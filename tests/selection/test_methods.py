@@ -29,7 +29,7 @@ def two_layers(lengths: np.ndarray, alive: np.ndarray) -> ChannelGraph:
         lengths=lengths.astype(np.float32),
         outputs=np.arange(9) >= 7,
         opaque=np.zeros(9, dtype=bool),
-        groups=np.arange(9, dtype=np.int32),
+        ties=np.arange(9, dtype=np.int32),
         alive=alive,
     )
 

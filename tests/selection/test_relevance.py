@@ -115,7 +115,7 @@ def test_the_example_that_the_documentation_draws():
         lengths=np.array([0.9, 0.1, 0.2, 0.8, 0.75, 0.25], dtype=np.float32),
         outputs=np.arange(5) == 4,
         opaque=np.zeros(5, dtype=bool),
-        groups=np.arange(5, dtype=np.int32),
+        ties=np.arange(5, dtype=np.int32),
         alive=np.ones(6, dtype=bool),
     )
     expected = [0.675, 0.075, 0.05, 0.2, 0.75, 0.25]
@@ -141,7 +141,7 @@ def drawn(seed: int) -> ChannelGraph:
         lengths=(rng.random(count) ** 4 * (rng.random(count) < 0.8)).astype(np.float32),
         outputs=np.arange(len(sizes)) >= len(sizes) - 2,
         opaque=np.zeros(len(sizes), dtype=bool),
-        groups=np.arange(len(sizes), dtype=np.int32),
+        ties=np.arange(len(sizes), dtype=np.int32),
         alive=rng.random(count) < 0.9,
     )
 

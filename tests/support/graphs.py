@@ -44,7 +44,7 @@ def build(rows: list[Row], alive: list[bool] | None = None) -> ChannelGraph:
         lengths=np.array([w for row in rows for w in row.lengths], dtype=np.float32),
         outputs=np.array([row.output for row in rows]),
         opaque=np.zeros(len(rows), dtype=bool),
-        groups=np.arange(len(rows), dtype=np.int32),
+        ties=np.arange(len(rows), dtype=np.int32),
         alive=np.ones(max(ends, default=0), dtype=bool)
         if alive is None
         else np.array(alive, dtype=bool),
@@ -129,7 +129,7 @@ def found(result: tuple[np.ndarray, int]) -> tuple[set[int], int]:
 
 @st.composite
 def grouped_graphs(draw):
-    """Small graphs of every kind of channel, with shared lists of sources and groups."""
+    """Small graphs of every kind of channel, with shared lists of sources, and ties."""
     count = draw(st.integers(1, 9))
     kinds, sizes, starts, kernels, sources = [], [], [], [], []
     for channel in range(count):
@@ -161,6 +161,6 @@ def grouped_graphs(draw):
         lengths=np.array(lengths, dtype=np.float32),
         outputs=np.array(draw(flags)),
         opaque=np.array(draw(flags)) & (np.array(kinds) == Kind.LIVE),
-        groups=np.array([draw(st.sampled_from([c, c, 0])) for c in range(count)], dtype=np.int32),
+        ties=np.array([draw(st.sampled_from([c, c, 0])) for c in range(count)], dtype=np.int32),
         alive=np.ones(total, dtype=bool),
     )
