@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxlean import compact
+import fxlean
+from fxlean import compact, rules
+from fxlean.channels.rules import table
 from fxlean.nn import Selected
 from tests.support.blocks import Apply, conv
 from tests.support.compare import worst_error
@@ -176,3 +178,17 @@ def test_layers_behind_a_constant_are_found_in_the_time_of_its_graph():
     began = time.perf_counter()
     compact(Deep().eval(), torch.randn(1, 3, 8, 8))
     assert time.perf_counter() - began < 60
+
+
+@pytest.mark.filterwarnings("ignore:.* keeps its size, for its:fxlean.CompactionWarning")
+@pytest.mark.parametrize("resizes", [False, True])
+def test_a_registered_operator_is_followed_if_it_resizes(resizes, monkeypatch):
+    monkeypatch.setattr(table, "RULES", dict(table.RULES))
+    monkeypatch.setattr(table, "RESIZES", dict(table.RESIZES))
+    fxlean.register(torch.ops.aten._cdist_forward, rules.movements.same, resizes=resizes)
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 32, 3)
+    model = nn.Sequential(first, Apply(lambda x: torch.cdist(x, x)), conv(32, 4)).eval()
+    kill(first)
+    small = check(model, torch.randn(2, 3, 12, 12), torch.randn(3, 3, 14, 14))
+    assert small[0].out_channels == (16 if resizes else 32)
