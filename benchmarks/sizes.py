@@ -3,7 +3,7 @@
     python benchmarks/sizes.py now.json [--before earlier.json] [--names resnet18 densenet121]
 
 Classification and segmentation models with random weights and norms, pruned by `path` and `lean`
-to 0.3 and 0.05 of their kernels by the cheapest norm. What is known is read from the file, and every
+to 0.3 and 0.05 of their kernels by the cheapest norm. What is known is read from the file, and each
 result is added to it at once, so a run can be broken off and taken up again. Prints which models
 became larger or smaller than before.
 """
