@@ -10,12 +10,12 @@ import fxlean
 from fxlean import rules
 from fxlean.channels.flow import make_flow
 from fxlean.channels.graph import Kind
-from fxlean.channels.rules import movements
+from fxlean.channels.rules import movements, positions
 from fxlean.channels.rules import table as rules_table
 from fxlean.channels.rules.table import RULES, register, rule_for
 from fxlean.selection.liveness import zero_channels
 from tests.support.calls import CALLS, ELSEWHERE, IMAGE, call
-from tests.support.sites import CHANNELS, place
+from tests.support.sites import CHANNELS, Data, place
 
 aten = torch.ops.aten
 
@@ -307,3 +307,20 @@ def test_what_is_no_operator_has_no_rule(op):
 def test_unknown_operators_are_opaque_unless_torch_says_they_are_pointwise():
     assert rule_for(aten._cdist_forward.default) is rules.opaque
     assert rule_for(aten.relu.default) is rules.pointwise
+
+
+def test_a_large_product_depends_on_no_less(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    site = place(aten.bmm.default, (Data((2, 3, 4)), Data((2, 4, 5))), generator)
+    exact = reaches(site)
+    monkeypatch.setattr(positions, "MEETING", 0)
+    again = place(aten.bmm.default, (Data((2, 3, 4)), Data((2, 4, 5))), generator.manual_seed(0))
+    assert (reaches(again) >= exact).all()
+
+
+def reaches(site):
+    """Which channels of the operands reach which positions of the result."""
+    ((_, flow),) = flows_of(site)
+    graph = graph_of(site)
+    found = [reached_from(graph, channel)[flow.ids.numpy()] for channel in range(2, 2 + CHANNELS)]
+    return np.stack([np.broadcast_to(reached, flow.shape) for reached in found])
