@@ -51,7 +51,7 @@ WINDOWS = {
         aten._upsample_nearest_exact3d,
     ),
 }
-MEETING = 2**20  # positions of two matrices that are looked at one by one
+MEETING = 2**16  # positions of two matrices that are looked at one by one
 AVERAGES = {1: aten.avg_pool1d, 2: aten.avg_pool2d, 3: aten.avg_pool3d}
 WINDOWED = frozenset(
     {operator for each in WINDOWS.values() for operator in each} | {*AVERAGES.values()}
@@ -151,10 +151,12 @@ def product(site: Site) -> Flow:
     """A product of two matrices of flows: a sum, over what they share, of products that meet."""
     left, right = site.flow(site.argument("self")), site.flow(site.argument("mat2"))
     (batch, rows, shared), columns = left.shape, right.shape[2]
-    meeting = torch.broadcast_shapes(left.ids[..., None].shape, right.ids[:, None].shape)
-    if torch.Size(meeting).numel() > MEETING:
-        # As if every row read all rows, and every column all columns.
-        left, right = site.wiring.merge(left, [0, 2]), site.wiring.merge(right, [0, 1])
+    sizes = torch.broadcast_shapes(left.ids[..., None].shape, right.ids[:, None].shape)
+    if torch.Size(sizes).numel() > MEETING:
+        # As if all rows and columns were one, or all that they share, whichever leaves less.
+        inner = sizes[2] <= sizes[1] * sizes[3]
+        left = site.wiring.merge(left, [0, 2] if inner else [0, 1])
+        right = site.wiring.merge(right, [0, 1] if inner else [0, 2])
     flows = [
         make_flow(left.ids[..., None], left.gain[..., None], (batch, rows, shared, 1)),
         make_flow(right.ids[:, None], right.gain[:, None], (batch, 1, shared, columns)),
