@@ -131,6 +131,7 @@ def report(
     Raises:
         ArgumentError, TraceError: as for `trace`, for both models.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 2, 1, bias=False))
     >>> print(report(model, torch.zeros(1, 3, 10, 10)))
     layer        kernels           left     parameters           left           MACs           left

@@ -26,7 +26,10 @@ def test_a_device_that_refuses_to_meet_the_cpu():
     assert done.stdout.splitlines() == [f"{name}: same" for name in sorted(ZOO)]
 
 
-@pytest.mark.filterwarnings("ignore::fxlean.PruneWarning")
+@pytest.mark.filterwarnings(
+    "ignore::fxlean.PruneWarning",
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning",
+)
 @pytest.mark.parametrize("method", ["lean", "random"])
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_the_default_device_makes_no_difference(name, method):
