@@ -12,6 +12,10 @@ import fxlean
 from fxlean.tracing.leaves import replaced, strangers_in, tensors_in
 from tests.support.blocks import conv, conv_bn_relu
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning"
+)
+
 A, B = torch.zeros(1), torch.ones(2)
 Pair = namedtuple("Pair", "first second")
 IMAGE = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -14,6 +14,10 @@ from fxlean.tracing.tracer import trace_model
 from tests.support.blocks import conv, conv_bn_relu
 from tests.support.zoo import make
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning"
+)
+
 IMAGE = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 

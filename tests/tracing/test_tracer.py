@@ -16,6 +16,10 @@ from fxlean.tracing.tracer import trace_model
 from tests.support.blocks import conv, conv_bn_relu
 from tests.support.zoo import ZOO, make
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning"
+)
+
 IMAGE = torch.zeros(1, 3, 16, 16)
 
 
