@@ -134,7 +134,8 @@ def _attempts(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[n
 
 def _cut(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[nn.Module]:
     """Candidates with fewer channels, the smallest first."""
-    strangers = slots_of(bare, trace, FOLLOW[0]).strangers
+    boldest = slots_of(bare, trace, FOLLOW[0])
+    strangers = boldest.strangers
     if strangers:
         try:
             candidate = _rewritten(bare, arguments)
@@ -148,7 +149,7 @@ def _cut(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[nn.Mod
         else:
             yield candidate
     for follow in FOLLOW:
-        slots = slots_of(bare, trace, follow)
+        slots = boldest if follow is FOLLOW[0] else slots_of(bare, trace, follow)
         yield _fitted(_compacted(bare, slots, pinned=False), arguments)
     yield _fitted(_compacted(bare, slots, pinned=True), arguments)
 
