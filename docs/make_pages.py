@@ -22,12 +22,13 @@ channels.rules: movements positions weighted table
 channels: walk
 calibration: moments contributions noise batches running shares elements least_squares
 calibration: side_by_side corrections reference repair_result repair_model statistics distillation
-selection: jit rows ranking liveness chains paths relevance methods
-pruning: prunable lengths masks progress ranks result options prune_model rounds
+selection: jit rows ranking liveness chains paths relevance methods channels
+costs
 compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer
-compaction: verify attempts
-costs
+compaction: verify attempts units
+pruning: prunable lengths masks progress ranks result channels latency targets options choice
+pruning: prune_model rounds
 """
 BEGIN, END = "<!-- modules -->\n", "<!-- /modules -->\n"
 
