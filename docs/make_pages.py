@@ -28,7 +28,7 @@ compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer
 compaction: verify attempts units
 pruning: prunable lengths masks progress ranks result channels latency targets options choice
-pruning: prune_model rounds
+pruning: prune_model rounds shrinking
 """
 BEGIN, END = "<!-- modules -->\n", "<!-- /modules -->\n"
 

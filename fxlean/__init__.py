@@ -22,6 +22,7 @@ from .norms.operator import operator_norms
 from .pruning.prune_model import prune, trace
 from .pruning.result import PruneResult
 from .pruning.rounds import iterate
+from .pruning.shrinking import shrink
 
 # The path that `register` documents, wherever the rules lie.
 sys.modules[f"{__name__}.rules"] = rules
@@ -46,5 +47,6 @@ __all__ = [
     "repair",
     "report",
     "rules",
+    "shrink",
     "trace",
 ]

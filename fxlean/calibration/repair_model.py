@@ -84,11 +84,11 @@ def repair(
     values = saved(model)
     try:
         data = list(example_and_batches(model, None, batches)[1])
-        held = held_out([_size(batch) for batch in data])
+        held = held_out([batch_size(batch) for batch in data])
         wanted = outputs_of(reference, data)
-        before = _error(outputs_of(model, data), wanted, held)
+        before = output_error(outputs_of(model, data), wanted, held)
         layers, skipped = _repair_all(model, reference, data, held, steps, progress)
-        after = _error(outputs_of(model, data), wanted, held)
+        after = output_error(outputs_of(model, data), wanted, held)
         if after > before:
             put_back(values)
             after = before
@@ -97,8 +97,8 @@ def repair(
         raise
     finally:
         refresh_masks(model)
-    samples = sum(_size(batch) for batch in data)
-    count = sum(round(_size(batch) * part) for batch, part in zip(data, held, strict=True))
+    samples = sum(batch_size(batch) for batch in data)
+    count = sum(round(batch_size(batch) * part) for batch, part in zip(data, held, strict=True))
     seconds = time.perf_counter() - began
     return RepairResult(tuple(layers), before, after, samples - count, count, skipped, seconds)
 
@@ -227,7 +227,7 @@ def _check_alike(pairs: Sequence[Pair], model: nn.Module, reference: nn.Module) 
         )
 
 
-def _error(
+def output_error(
     found: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]], held: Sequence[float]
 ) -> float:
     """Relative error of the outputs on held-out samples; of those of equal shape."""
@@ -241,6 +241,6 @@ def _error(
     return relative(error, sum(spread_of(found) for found in targets.values()))
 
 
-def _size(batch: Arguments) -> int:
+def batch_size(batch: Arguments) -> int:
     """Number of samples of a batch."""
     return max([1, *(tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim())])

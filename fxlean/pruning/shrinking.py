@@ -1,0 +1,177 @@
+"""`shrink`: one call from a trained network and unlabelled batches to a smaller network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..calibration.batches import example_and_batches
+from ..calibration.distillation import distill as distill_model
+from ..calibration.reference import outputs_of
+from ..calibration.repair_model import batch_size, output_error
+from ..calibration.repair_model import repair as repair_model
+from ..compaction.attempts import compact
+from ..costs import report
+from ..errors import ArgumentError
+from ..tracing.arguments import check_traceable, unwrapped
+from ..tracing.inputs import Arguments
+from ..tracing.leaves import replaced
+from ..tracing.sandbox import copied
+from .options import check, check_names
+from .prune_model import prune
+from .rounds import iterate
+
+HELD = 8  # one in so many samples tells the error of the outputs
+ROUNDS = 3
+FACTOR = 0.85  # what a round leaves where a tolerance says when to stop
+SMALLEST = 0.01
+
+
+def shrink(
+    model: nn.Module,
+    ratio: float | None = None,
+    batches: Any = None,
+    *,
+    tolerance: float | None = None,
+    rounds: int = ROUNDS,
+    distill: int = 0,
+    example_inputs: Any = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A smaller and faster network that computes nearly the same, without labels or training.
+
+    A copy of the model loses whole channels in rounds, each repaired towards the model itself on
+    the batches; then it is compacted. One in eight samples is held out, and tells the relative
+    error of the outputs, which is printed with what is left of every layer.
+
+    Args:
+        model: trained; not changed.
+        ratio: fraction that is left, of the multiply-accumulates if `of` says nothing else.
+        batches: unlabelled: one, or an iterable such as a `DataLoader`, of tensors, tuples of
+            arguments or dicts; labels beside the only input are left out. Without them, noise of
+            the shape of the example inputs, which costs accuracy.
+        tolerance: in place of a ratio, the relative error of the outputs (mean squared error over
+            variance) on held-out samples up to which the network shrinks.
+        rounds: of pruning and repair, on the way to the ratio.
+        distill: steps of `fxlean.distill` at the end.
+        example_inputs: as for `prune`; if left out, the first batch.
+        progress: show bars, and print what was done; by default bars on a terminal only. Nothing
+            is shown or printed if False.
+        **options: keyword arguments of `prune`, where `granularity` is "channel", `of` is "macs"
+            and `method` is "relevance" unless given.
+
+    Returns:
+        A new, ordinary network in the same mode and on the same device.
+
+    Raises:
+        ArgumentError: arguments make no sense or the ratio cannot be reached; see also `prune`,
+            `repair` and `compact`.
+    """
+    given = {"granularity": "channel", "of": "macs", "method": "relevance", **options}
+    _check(model, ratio, tolerance, rounds, distill, given)
+    bare = unwrapped(model)
+    check_traceable(bare)
+    example, found = example_and_batches(bare, example_inputs, batches)
+    data, held = _split(list(found))
+    wanted = outputs_of(bare, held)
+
+    def error_of(candidate: nn.Module) -> float:
+        return output_error(outputs_of(candidate, held), wanted, [1.0] * len(held))
+
+    given |= {"calibration": data, "progress": progress}
+    work = copied(bare)
+    if tolerance is not None:
+        work = _within(work, bare, example, data, tolerance, given, error_of)
+    else:
+        assert ratio is not None
+        for _ in iterate(work, ratio, rounds, example, repair=True, **given):
+            pass
+    if distill:
+        distill_model(work, data, bare, distill, progress=progress)
+    small = compact(work, example)
+    if progress is not False:
+        print(report(small, example, before=bare))
+        print(f"relative error of the outputs on held-out samples: {error_of(small):.4f}")
+    return small
+
+
+def _split(batches: Sequence[Arguments]) -> tuple[list[Arguments], list[Arguments]]:
+    """Batches to calibrate on, and those held out: an eighth of each, or of single samples."""
+    data, held = [], []
+    every = min(HELD, len(batches))
+    for number, batch in enumerate(batches):
+        size = batch_size(batch)
+        if size > 1:
+            first = size - max(1, size // HELD)
+            data.append(_samples(batch, size, slice(0, first)))
+            held.append(_samples(batch, size, slice(first, size)))
+        else:
+            (held if number % every == every - 1 and every > 1 else data).append(batch)
+    if not data or not held:
+        raise ArgumentError("batches hold one sample. Pass more: some are held out.")
+    return data, held
+
+
+def _samples(batch: Arguments, size: int, which: slice) -> Arguments:
+    """Some of the samples of a batch."""
+
+    def part(tensor: Tensor) -> Tensor:
+        return tensor[which] if tensor.dim() and tensor.shape[0] == size else tensor
+
+    return replaced(batch, part)
+
+
+def _within(
+    work: nn.Module,
+    reference: nn.Module,
+    example: Any,
+    data: Sequence[Arguments],
+    tolerance: float,
+    options: dict[str, Any],
+    error_of: Any,
+) -> nn.Module:
+    """The network pruned as far as the error of its outputs allows, in ever smaller steps."""
+    ratio, factor, best = 1.0, FACTOR, work
+    while factor < 0.98 and ratio > SMALLEST:
+        trial = copied(best)
+        try:
+            prune(trial, ratio * factor, example, **options)
+        except ArgumentError:
+            if best is work:
+                raise
+            break
+        repair_model(trial, data, reference, progress=options["progress"])
+        if error_of(trial) <= tolerance:
+            best, ratio = trial, ratio * factor
+        else:
+            factor = factor**0.5
+    if best is work:
+        raise ArgumentError(
+            f"tolerance is {tolerance:g}, but the outputs change by more when {1 - factor:.1%} of "
+            f"the {options['of']} go. Pass a larger one, or more batches."
+        )
+    return best
+
+
+def _check(
+    model: Any, ratio: Any, tolerance: Any, rounds: Any, distill: Any, options: dict[str, Any]
+) -> None:
+    """Reject arguments that make no sense, before anything is run."""
+    check_names(options, prune)
+    if (ratio is None) == (tolerance is None):
+        raise ArgumentError(
+            f"ratio is {ratio!r} and tolerance is {tolerance!r}. Pass one of them: the fraction of "
+            "the cost that is left, or the relative error of the outputs that is allowed."
+        )
+    check(model, 1.0 if ratio is None else ratio, **options)
+    if tolerance is not None and (
+        not isinstance(tolerance, Real) or isinstance(tolerance, bool) or not float(tolerance) > 0
+    ):
+        raise ArgumentError(f"tolerance is {tolerance!r}. Pass a number above 0, such as 0.05.")
+    for name, value, least in (("rounds", rounds, 1), ("distill", distill, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ArgumentError(f"{name} is {value!r}. Pass a whole number of at least {least}.")

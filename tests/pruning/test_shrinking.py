@@ -1,0 +1,118 @@
+"""`shrink`: prune, repair and compact in one call."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fxlean
+from tests.support.blocks import conv_bn, conv_bn_relu, residual
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fxlean.PruneWarning",
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning",
+)
+
+
+def network():
+    """A residual network whose later channels hardly matter, so that much of it can go."""
+    torch.manual_seed(0)
+    body = [nn.Sequential(conv_bn_relu(16, 16), conv_bn(16, 16)) for _ in range(2)]
+    model = nn.Sequential(
+        conv_bn_relu(3, 16),
+        *map(residual, body),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight *= 0.6 ** torch.arange(len(module.weight))[:, None, None, None]
+        model.train()
+        for batch in images():
+            model(batch)
+    return model.eval()
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return list(torch.randn(64, 3, 8, 8, generator=generator).split(16))
+
+
+def error(small, model):
+    """The relative error of the outputs on samples that nobody has seen."""
+    x = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model(x)
+        return float((small(x) - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
+
+
+@pytest.mark.parametrize("batches", [images(), None], ids=["batches", "noise"])
+def test_a_copy_becomes_smaller_and_computes_nearly_the_same(batches, capsys):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    small = fxlean.shrink(model, 0.4, batches, example_inputs=images()[0][:2])
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    printed = capsys.readouterr().out
+    assert "% of the MACs" in printed
+    assert "relative error of the outputs on held-out samples: 0." in printed
+    macs = [fxlean.report(m, images()[0]).macs for m in (small, model)]
+    assert 0.35 < macs[0] / macs[1] <= 0.4
+    assert not any(name.endswith("_mask") for name in small.state_dict())
+    pruned = copy.deepcopy(model)
+    fxlean.prune(pruned, 0.4, images()[0], granularity="channel", of="macs", method="relevance")
+    assert error(small, model) < 0.5 * error(pruned, model)
+
+
+def test_a_network_shrinks_as_far_as_the_tolerance_allows(capsys):
+    model, sizes = network(), []
+    for tolerance in (0.02, 0.2):
+        small = fxlean.shrink(model, None, images(), tolerance=tolerance)
+        printed = capsys.readouterr().out
+        assert float(printed.rsplit(":", 1)[1]) <= tolerance + 1e-3
+        sizes.append(fxlean.report(small, images()[0]).macs)
+    assert sizes[1] < sizes[0] < fxlean.report(model, images()[0]).macs
+
+
+def test_distillation_comes_last_and_silence_is_kept(capsys):
+    model = network()
+    once = fxlean.shrink(model, 0.2, images(), rounds=1, progress=False)
+    more = fxlean.shrink(model, 0.2, images(), rounds=1, distill=60, progress=False)
+    assert capsys.readouterr().out == ""
+    assert error(more, model) < error(once, model)
+
+
+def test_options_are_those_of_prune():
+    model = network()
+    small = fxlean.shrink(
+        model, 0.6, images(), of="parameters", method="l1", at_least={"0": 1.0}, progress=False
+    )
+    assert small[0][0].out_channels == 16
+    count = [sum(p.numel() for p in m.parameters()) for m in (small, model)]
+    assert count[0] <= 0.6 * count[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "ratio is None and tolerance is None. Pass one of them"),
+        ({"ratio": 0.5, "tolerance": 0.1}, "ratio is 0.5 and tolerance is 0.1. Pass one"),
+        ({"ratio": 2}, "ratio is 2. Pass the fraction"),
+        ({"tolerance": -1}, "tolerance is -1. Pass a number above 0"),
+        ({"tolerance": 1e-12}, "tolerance is 1e-12, but the outputs change by more"),
+        ({"ratio": 0.5, "rounds": 0}, "rounds is 0. Pass a whole number of at least 1"),
+        ({"ratio": 0.5, "distill": 1.5}, "distill is 1.5. Pass a whole number of at least 0"),
+        ({"ratio": 0.5, "metod": "l1"}, "metod is no option. Did you mean method?"),
+        ({"ratio": 0.5, "batches": torch.zeros(1, 3, 8, 8)}, "batches hold one sample"),
+        ({"ratio": 1e-4}, "of the macs stay when all channels are gone that may go"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(fxlean.ArgumentError, match=message):
+        fxlean.shrink(model, **{"batches": images(), **arguments})
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
