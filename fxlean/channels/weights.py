@@ -108,6 +108,7 @@ class Constants:
         self._state = state
         self._moves = moves
         self._owners = owners
+        self._named = {name: (key, tensor) for key, (name, tensor) in state.items()}
         self._values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -218,7 +219,7 @@ class Constants:
             for ancestor in ancestors
         ):
             return True
-        source, parameter = self._named(origin.parameter)
+        source, parameter = self._named[origin.parameter]
         index = origin.flat_index(parameter.shape).to(parameter.device)
         generator = torch.Generator().manual_seed(0)
         half = torch.rand(parameter.numel(), generator=generator) < 0.5
@@ -239,7 +240,7 @@ class Constants:
         """
         if node in self._state:
             return None
-        source, parameter = self._named(origin.parameter)
+        source, parameter = self._named[origin.parameter]
         if not self._with(node, source, torch.zeros_like(parameter)).isnan().any():
             return None
         shape = node.meta["val"].shape
@@ -251,10 +252,6 @@ class Constants:
                 index = torch.arange(tensor.numel()).reshape(tensor.shape)
                 return Origin(name, index.broadcast_to(shape))
         raise LookupError(name)
-
-    def _named(self, name: str) -> tuple[fx.Node, Tensor]:
-        """The placeholder of a parameter, and its value."""
-        return next((key, tensor) for key, (known, tensor) in self._state.items() if known == name)
 
     def _with(self, node: fx.Node, source: fx.Node, value: Tensor) -> Tensor:
         """The value of a node if a parameter had another one."""

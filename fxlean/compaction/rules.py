@@ -88,6 +88,8 @@ def _adds_own_bias(site: Site, slots: Slots) -> bool:
     """
     constants = site.constant_nodes()
     layer = site.constants.layer(*constants) if site.packet is aten.add and constants else None
+    if layer is None:
+        return False
     for applied in slots.applications:
         made = applied.result.slots
         if applied.layer == layer and torch.equal(site.flow().ids.reshape(-1), made):

@@ -75,6 +75,7 @@ def find_prunable(
         else:
             skipped[block.weight.layer_name] = LINEAR
     conflicts = _conflicts([wiring.blocks[group[0]].weight for group in numbers.values()])
+    buffers = dict(model.named_buffers())
     prunable: dict[int, Layer] = {}
     weights, pruned, start = [], [], 0
     for group in numbers.values():
@@ -89,7 +90,7 @@ def find_prunable(
         start += block.rows * block.columns
         prunable |= dict.fromkeys(group, layer)
         weights.append(weight)
-        pruned.append(_pruned_before(model, weight, layer))
+        pruned.append(_pruned_before(buffers, weight))
     skipped |= _unreached(model, wired.used)
     graph = wiring.finish(wired.outputs, prunable, torch.cat([torch.zeros(0).bool(), *pruned]))
     return Network(
@@ -171,10 +172,9 @@ def _output_blocks(wiring: Wiring, results: Tensor) -> frozenset[int]:
     return frozenset(found)
 
 
-def _pruned_before(model: nn.Module, weight: Weight, layer: Layer) -> Tensor:
+def _pruned_before(buffers: Mapping[str, Tensor], weight: Weight) -> Tensor:
     """True for kernels that masks of `torch.nn.utils.prune` have removed already."""
     alive = torch.ones(weight.value.shape, dtype=torch.bool, device=weight.value.device)
-    buffers = dict(model.named_buffers())
     for origin in (weight.origin, weight.scale):
         name = origin.parameter if origin else ""
         mask = buffers.get(f"{public_name(name)}_mask") if name.endswith("_orig") else None
