@@ -50,6 +50,7 @@ class Weight:
         transposed: whether the layout is (in, out, *size).
         origin: where zeroing a kernel takes effect; None if it cannot be zeroed.
         scale: what to zero instead of all elements with the same scale, under a weight norm.
+        normed: whether there is no such scale, though it is no number where all elements are zero.
         columns: for a linear layer, the source number of every feature; several features of
             one channel are one kernel.
         stride, dilation: of the convolution.
@@ -62,6 +63,7 @@ class Weight:
     transposed: bool = False
     origin: Origin | None = None
     scale: Origin | None = None
+    normed: bool = False
     columns: Tensor | None = None
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
