@@ -128,6 +128,19 @@ class Constants:
         origin = origins[node]
         return origin if origin is not None and self._zeroes(node, origin) else None
 
+    def moved(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """The parameter that a node only moves, for nobody else, and where its elements lie there.
+
+        Its name, and for each of its dimensions the place along it, of the shape of the node.
+        """
+        ancestors = _ancestors(node)
+        alone = all(self._moves(key.target) and len(key.users) == 1 for key in ancestors[1:])
+        origin = self.origin(node) if alone and ancestors[0] in self._state else None
+        if origin is None:
+            return None
+        index = origin.flat_index(node.meta["val"].shape)
+        return origin.parameter, *torch.unravel_index(index, self._state[ancestors[0]][1].shape)
+
     def parameters(self, node: fx.Node) -> list[str]:
         """Names of the parameters and buffers that a node is computed from."""
         return [self._state[key][0] for key in _ancestors(node) if key in self._state]
