@@ -45,6 +45,7 @@ class Wired:
         results: channels that the model returns as they are; what leaves a submodule to be
             processed further is not among them.
         used: parameters that the traced graphs read.
+        called: names of the modules that the forward pass calls.
         left_out: what could not be traced, and why.
         walks: what was found in each of the traced graphs, in their order.
     """
@@ -53,6 +54,7 @@ class Wired:
     outputs: Tensor
     results: Tensor
     used: frozenset[str]
+    called: frozenset[str]
     left_out: Mapping[str, str]
     walks: tuple[Walked, ...] = ()
 
@@ -97,6 +99,7 @@ def wire(model: nn.Module, trace: Trace) -> Wired:
         torch.cat([nothing, *leaving]),
         torch.cat([nothing, *results]),
         frozenset(used),
+        trace.called,
         trace.left_out,
         tuple(walks),
     )

@@ -50,6 +50,7 @@ class Weight:
         transposed: whether the layout is (in, out, *size).
         origin: where zeroing a kernel takes effect; None if it cannot be zeroed.
         scale: what to zero instead of all elements with the same scale, under a weight norm.
+        normed: whether there is no such scale, though it is no number where all elements are zero.
         columns: for a linear layer, the source number of every feature; several features of
             one channel are one kernel.
         stride, dilation: of the convolution.
@@ -62,6 +63,7 @@ class Weight:
     transposed: bool = False
     origin: Origin | None = None
     scale: Origin | None = None
+    normed: bool = False
     columns: Tensor | None = None
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
@@ -108,6 +110,7 @@ class Constants:
         self._state = state
         self._moves = moves
         self._owners = owners
+        self._named = {name: (key, tensor) for key, (name, tensor) in state.items()}
         self._values: dict[fx.Node, Any] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -124,6 +127,19 @@ class Constants:
             origins[ancestor] = self._step(ancestor, origins)
         origin = origins[node]
         return origin if origin is not None and self._zeroes(node, origin) else None
+
+    def moved(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """The parameter that a node only moves, for nobody else, and where its elements lie there.
+
+        Its name, and for each of its dimensions the place along it, of the shape of the node.
+        """
+        ancestors = _ancestors(node)
+        alone = all(self._moves(key.target) and len(key.users) == 1 for key in ancestors[1:])
+        origin = self.origin(node) if alone and ancestors[0] in self._state else None
+        if origin is None:
+            return None
+        index = origin.flat_index(node.meta["val"].shape)
+        return origin.parameter, *torch.unravel_index(index, self._state[ancestors[0]][1].shape)
 
     def parameters(self, node: fx.Node) -> list[str]:
         """Names of the parameters and buffers that a node is computed from."""
@@ -218,7 +234,7 @@ class Constants:
             for ancestor in ancestors
         ):
             return True
-        source, parameter = self._named(origin.parameter)
+        source, parameter = self._named[origin.parameter]
         index = origin.flat_index(parameter.shape).to(parameter.device)
         generator = torch.Generator().manual_seed(0)
         half = torch.rand(parameter.numel(), generator=generator) < 0.5
@@ -239,7 +255,7 @@ class Constants:
         """
         if node in self._state:
             return None
-        source, parameter = self._named(origin.parameter)
+        source, parameter = self._named[origin.parameter]
         if not self._with(node, source, torch.zeros_like(parameter)).isnan().any():
             return None
         shape = node.meta["val"].shape
@@ -251,10 +267,6 @@ class Constants:
                 index = torch.arange(tensor.numel()).reshape(tensor.shape)
                 return Origin(name, index.broadcast_to(shape))
         raise LookupError(name)
-
-    def _named(self, name: str) -> tuple[fx.Node, Tensor]:
-        """The placeholder of a parameter, and its value."""
-        return next((key, tensor) for key, (known, tensor) in self._state.items() if known == name)
 
     def _with(self, node: fx.Node, source: fx.Node, value: Tensor) -> Tensor:
         """The value of a node if a parameter had another one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -281,11 +282,12 @@ class Wiring:
         """Channels that share a bias, connected components numbered by their first channel."""
         import scipy.sparse.csgraph  # here, because it takes a third of the time to import fxlean
 
+        uses: defaultdict[str, list[list[Tensor]]] = defaultdict(list)
+        for name, *part in self.biases:
+            uses[name].append(part)
         pairs = []
-        for parameter in {name for name, _, _ in self.biases}:
-            parts = [(index, ids) for name, index, ids in self.biases if name == parameter]
-            index = torch.cat([index for index, _ in parts]).numpy()
-            ids = torch.cat([ids for _, ids in parts]).numpy()
+        for parts in uses.values():
+            index, ids = (torch.cat(tensors).numpy() for tensors in zip(*parts, strict=True))
             order = np.argsort(index, kind="stable")
             same = np.diff(index[order]) == 0
             pairs.append(np.stack([ids[order][:-1][same], ids[order][1:][same]]))

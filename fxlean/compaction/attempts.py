@@ -18,7 +18,7 @@ from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
 from ..tracing.sandbox import copied, evaluating, on_cpu
 from ..tracing.tracer import Trace, trace_model
-from .cut import part_of, shrink
+from .cut import count_groups, narrow_parameter, part_of, shrink
 from .exported.writer import rewritten
 from .fold import fold, is_frozen
 from .plan import choose_slots, layers_of
@@ -188,6 +188,10 @@ def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
     layers = layers_of(slots)
     kept = solve(slots, pinned=True) if pinned else choose_slots(slots, layers)
     result = copied(bare)
+    for name, ((dim, channels), *_) in slots.parameters.items():
+        narrow_parameter(result, name, dim, kept(channels))
+    for name, (groups, channels) in slots.groups.items():
+        count_groups(result.get_submodule(name), groups, kept(channels))
     for name, applications in layers.items():
         module = result.get_submodule(name)
         smaller = shrink(module, part_of(applications, kept))

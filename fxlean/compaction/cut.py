@@ -128,6 +128,26 @@ def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
         module.in_channels, module.out_channels, module.groups = widths["in"], widths["out"], left
 
 
+def narrow_parameter(model: nn.Module, name: str, dim: int, kept: Tensor) -> None:
+    """Leave only these channels, along a dimension, in a parameter; in place, wherever it is."""
+    if kept.all():
+        return
+    whole = model.get_parameter(name)
+    part = whole.detach().index_select(dim, kept.nonzero().flatten().to(whole.device))
+    smaller = nn.Parameter(part, whole.requires_grad)
+    for module in model.modules():
+        for key in [key for key, held in module._parameters.items() if held is whole]:
+            module._parameters[key] = smaller
+            if isinstance(module, nn.PReLU):
+                module.num_parameters = len(smaller)
+
+
+def count_groups(module: Any, groups: int, kept: Tensor) -> None:
+    """Tell a group norm how many channels it has left, and in how many groups; in place."""
+    module.num_channels = int(kept.sum())
+    module.num_groups = module.num_channels * groups // len(kept)
+
+
 def _select(module: nn.Module, part: Part, rows: Tensor, columns: Tensor) -> nn.Module:
     """The narrowed module with a selection before and a placement behind it, where needed."""
     same_rows, same_columns = torch.equal(rows, part.wanted), torch.equal(columns, part.present)

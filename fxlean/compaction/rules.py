@@ -12,21 +12,27 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..channels.flow import Flow, make_flow, scalar_gain
 from ..channels.graph import Kind
 from ..channels.rules.movements import RESHAPED
-from ..channels.rules.table import resizes, rule_for
+from ..channels.rules.table import pointwise, resizes, rule_for
 from ..channels.site import Site
 from .slots import Slots
 
 aten = torch.ops.aten
 SPLITS = frozenset({aten.split, aten.split_with_sizes})
 SHUFFLES = frozenset({aten.channel_shuffle, aten.native_channel_shuffle})
+PARAMETERS = "parameters"  # of element-wise operators, which are cut with the channels
 # The sizes in a graph are numbers, and do not tell whether the code computes them. These operators
 # are taken to follow the number of channels, and if that fails, fewer of them.
-FOLLOW: tuple[frozenset[Any], ...] = (RESHAPED | SPLITS, RESHAPED, frozenset())
+FOLLOW: tuple[frozenset[Any], ...] = (
+    RESHAPED | SPLITS | {PARAMETERS},
+    RESHAPED | SPLITS,
+    RESHAPED,
+    frozenset(),
+)
 
 
 def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
@@ -35,6 +41,9 @@ def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
     `follow` has the operators whose sizes are taken to follow the number of channels.
     """
     slots.walked = site.packet.__name__
+    normed = _group_norm(site, slots, follow)
+    if normed is not None:
+        return normed, *[None] * (len(site.shapes()) - 1)
     result = _met(site)
     if result is None:
         result = rule_for(site.node.target)(site)
@@ -47,11 +56,28 @@ def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
     parts = _parts(site, results, follow)
     if parts is not None:
         slots.link(parts[:-1], parts[1:])
-    elif not _follows(site, results, follow):
+    elif not _follows(site, slots, results, follow):
         for flow in (*site.flows(), *results):
             slots.pin(flow.ids)
         return result
     slots.assumed |= site.packet in follow and any(map(_dims, site.flows()))
+    return result
+
+
+def _group_norm(site: Site, slots: Slots, follow: Collection[Any]) -> Flow | None:
+    """The result of a group norm that is a layer, and can lose whole groups; else None."""
+    if site.packet is not aten.native_group_norm or PARAMETERS not in follow:
+        return None
+    flow, parameters = site.flow(), [site.argument("weight"), site.argument("bias")]
+    layer = site.constants.layer(*parameters)
+    if None in parameters or layer is None or _dims(flow) != [1]:
+        return None
+    groups, result = site.argument("group"), slots.derive(Kind.LIVE, flow)
+    slots.link_groups(flow.ids, groups)
+    slots.groups[layer] = groups, result.ids.reshape(-1)
+    for node in parameters:
+        name = site.constants.name(node)
+        slots.parameters.setdefault(name, []).append((0, result.ids.reshape(-1)))
     return result
 
 
@@ -91,6 +117,8 @@ def _adds_own_bias(site: Site, slots: Slots) -> bool:
     """
     constants = site.constant_nodes()
     layer = site.constants.layer(*constants) if site.packet is aten.add and constants else None
+    if layer is None:
+        return False
     for applied in slots.applications:
         made = applied.result.slots
         if applied.layer == layer and torch.equal(site.flow().ids.reshape(-1), made):
@@ -115,7 +143,7 @@ def _parts(site: Site, results: Sequence[Flow], follow: Collection[Any]) -> Tens
     return None
 
 
-def _follows(site: Site, results: Sequence[Flow], follow: Collection[Any]) -> bool:
+def _follows(site: Site, slots: Slots, results: Sequence[Flow], follow: Collection[Any]) -> bool:
     """Whether the operator does the same, channel by channel, on values with fewer channels."""
     flows = site.flows()
     written = site.packet in RESHAPED and site.packet not in follow
@@ -125,15 +153,35 @@ def _follows(site: Site, results: Sequence[Flow], follow: Collection[Any]) -> bo
     most = max(1, *(len(_dims(flow)) for flow in flows))
     if any(len(_dims(flow)) > most for flow in results):
         return False
-    return not _meets_constants(site, [*flows, *results])
-
-
-def _meets_constants(site: Site, flows: Sequence[Flow]) -> bool:
-    """Whether a constant of fixed size lies along a dimension where channels vary."""
-    varying = {dim - len(flow.shape) for flow in flows for dim in _dims(flow)}
-    shapes = [
-        node.meta["val"].shape
+    varying = {dim - len(flow.shape) for flow in [*flows, *results] for dim in _dims(flow)}
+    return all(
+        _fits(site, slots, node, results[0], varying, follow)
         for node in site.constant_nodes()
         if isinstance(node.meta.get("val"), Tensor)
-    ]
-    return any(shape[dim] > 1 for shape in shapes for dim in varying if -dim <= len(shape))
+    )
+
+
+def _fits(
+    site: Site,
+    slots: Slots,
+    node: fx.Node,
+    result: Flow,
+    varying: Collection[int],
+    follow: Collection[Any],
+) -> bool:
+    """Whether a constant has no size along channels, or is a parameter that is cut with them."""
+    shape = node.meta["val"].shape
+    along = [dim for dim in varying if -dim <= len(shape) and shape[dim] > 1]
+    if not along:
+        return True
+    elementwise = rule_for(site.node.target) is pointwise and len(varying) == 1
+    moved = site.constants.moved(node) if elementwise and PARAMETERS in follow else None
+    if moved is None:
+        return False
+    name, *places = moved
+    for dim, place in enumerate(places):
+        channels = place.movedim(along[0], 0).reshape(shape[along[0]], -1)
+        if channels.equal(torch.arange(len(channels))[:, None].expand_as(channels)):
+            slots.parameters.setdefault(name, []).append((dim, result.ids.reshape(-1)))
+            return True
+    return False

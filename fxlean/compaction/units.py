@@ -21,7 +21,7 @@ from ..tracing.inputs import Arguments
 from ..tracing.sandbox import copied, on_cpu
 from ..tracing.tracer import Trace, trace_model
 from .attempts import fitted, remove_masks
-from .cut import narrow
+from .cut import count_groups, narrow, narrow_parameter
 from .rules import FOLLOW
 from .slots import Slots
 from .solve import components
@@ -62,18 +62,25 @@ class Units:
     Attributes:
         count: how many there are.
         uses: all applications of layers that write or read channels, in order.
+        parameters: of element-wise operators and group norms, by name: the dimension that lies
+            along channels, how many elements each has, and their units.
+        groups: of the group norms, by layer: how many, and the units of all channels.
         pinned: for layers all of whose channels stay, the operator that needs all of them.
     """
 
     count: int
     uses: tuple[Use, ...]
+    parameters: Mapping[str, tuple[int, int, NDArray[np.int64]]]
+    groups: Mapping[str, tuple[int, NDArray[np.int64]]]
     pinned: Mapping[str, str]
 
     def only(self, chosen: NDArray[np.bool_]) -> Units:
         """Some of the units, numbered anew; the channels of the others stay."""
         numbers = np.append(np.where(chosen, np.cumsum(chosen) - 1, -1), -1)
         uses = [replace(u, rows=numbers[u.rows], columns=numbers[u.columns]) for u in self.uses]
-        return replace(self, count=int(chosen.sum()), uses=tuple(uses))
+        parameters = {name: (*rest, numbers[ids]) for name, (*rest, ids) in self.parameters.items()}
+        groups = {name: (count, numbers[ids]) for name, (count, ids) in self.groups.items()}
+        return Units(int(chosen.sum()), tuple(uses), parameters, groups, self.pinned)
 
 
 @torch.no_grad()
@@ -142,7 +149,12 @@ def _units(bare: nn.Module, slots: Slots, label: Tensor) -> Units:
         np.concatenate([np.zeros(0, int), *(u.rows for u in uses if not u.is_norm)])
     )
     count = int(label.max()) + 1 if len(label) else 0
-    units = Units(count, tuple(uses), _reasons(slots, label))
+    parameters = {}
+    for name, ((dim, places), *_) in slots.parameters.items():
+        each = bare.get_parameter(name).numel() // len(places)
+        parameters[name] = dim, each, label[places].numpy()
+    groups = {name: (number, label[at].numpy()) for name, (number, at) in slots.groups.items()}
+    units = Units(count, tuple(uses), parameters, groups, _reasons(slots, label))
     # What no layer writes, such as a constant of the code, is none of them.
     return units.only(np.isin(np.arange(count), written))
 
@@ -179,6 +191,10 @@ def cut(bare: nn.Module, units: Units, gone: NDArray[np.bool_], arguments: Argum
         if use.number == 0:
             rows, columns = (torch.from_numpy(stays[side]) for side in (use.rows, use.columns))
             narrow(result.get_submodule(use.layer), rows, columns, use.groups)
+    for name, (dim, _, channels) in units.parameters.items():
+        narrow_parameter(result, name, dim, torch.from_numpy(stays[channels]))
+    for name, (groups, channels) in units.groups.items():
+        count_groups(result.get_submodule(name), groups, torch.from_numpy(stays[channels]))
     return fitted(result, arguments)
 
 

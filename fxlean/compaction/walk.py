@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..tracing.tracer import Trace
 from .rules import apply_rule
 from .slots import Application, Slots
 
-LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear)
+LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear, nn.GroupNorm)
 
 
 @torch.no_grad()
@@ -29,12 +30,13 @@ def slots_of(model: nn.Module, trace: Trace, follow: Collection[Any]) -> Slots:
         trace: its graphs.
         follow: operators whose sizes are taken to follow the number of channels, see `FOLLOW`.
     """
-    slots = Slots()
+    slots, uses = Slots(), Counter[str]()
     owners = owners_of(model, trace)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for piece in trace.pieces:
         slots.batch, slots.walked = max(1, piece.batch), "input"
         state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
+        uses.update({name: len(node.users) for node, (name, _) in state.items()})
         constants = Constants(piece.graph, state, moves, owners)
         sources = [source(slots, tuple(node.meta["val"].shape)) for node in piece.input_nodes]
         env = walk(piece, slots, constants, sources, lambda site: apply_rule(site, slots, follow))
@@ -45,6 +47,7 @@ def slots_of(model: nn.Module, trace: Trace, follow: Collection[Any]) -> Slots:
             elif isinstance(node, fx.Node):
                 slots.refused |= constants.layers(node)
     _refuse(slots)
+    _join_uses(slots, uses)
     return slots
 
 
@@ -78,3 +81,17 @@ def _refuse(slots: Slots) -> None:
         known = first.setdefault(applied.layer, applied)
         slots.link(known.source.slots, applied.source.slots)
         slots.link(known.result.slots, applied.result.slots)
+
+
+def _join_uses(slots: Slots, uses: Mapping[str, int]) -> None:
+    """Link what the same parameter is used for; pin it all if it is used in other ways as well."""
+    for name, found in list(slots.parameters.items()):
+        (dim, first), *others = found
+        alike = all(other == dim and len(ids) == len(first) for other, ids in others)
+        if alike and len(found) == uses[name]:
+            for _, ids in others:
+                slots.link(first, ids)
+        else:
+            for _, ids in found:
+                slots.pin(ids)
+            del slots.parameters[name]

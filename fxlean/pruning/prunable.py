@@ -17,12 +17,21 @@ from ..channels.weights import Weight
 from ..channels.wiring import Block, Wiring
 from ..tracing.arguments import public_name
 
-COMPUTED = "its weight is a buffer, or computed so that zeroing a parameter zeroes no kernel"
+COMPUTED = (
+    "its weight is a buffer, or computed so that zeroing a parameter zeroes no kernel, as by "
+    "weight standardisation; a layer that has the computed weight as its parameter can be pruned"
+)
+NORMED = (
+    "its weight is divided by a norm of the whole, as by spectral norm; it can be pruned once "
+    "remove_parametrizations or remove_spectral_norm of torch.nn.utils has made it plain"
+)
 CONFLICT = "its parameter is used in two different ways"
 IGNORED = "ignored"
 LINEAR = "linear (include_linear=True includes it)"
 OUTPUT = "produces the model's output (prune_outputs=True includes it)"
 UNREACHED = "not reached by the forward pass in eval mode"
+UNTRACED = "in no part of the model that was traced"
+UNUSED = "called, but no output depends on it in eval mode"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +84,7 @@ def find_prunable(
         else:
             skipped[block.weight.layer_name] = LINEAR
     conflicts = _conflicts([wiring.blocks[group[0]].weight for group in numbers.values()])
+    buffers = dict(model.named_buffers())
     prunable: dict[int, Layer] = {}
     weights, pruned, start = [], [], 0
     for group in numbers.values():
@@ -89,8 +99,8 @@ def find_prunable(
         start += block.rows * block.columns
         prunable |= dict.fromkeys(group, layer)
         weights.append(weight)
-        pruned.append(_pruned_before(model, weight, layer))
-    skipped |= _unreached(model, wired.used)
+        pruned.append(_pruned_before(buffers, weight))
+    skipped |= _unread(model, wired)
     graph = wiring.finish(wired.outputs, prunable, torch.cat([torch.zeros(0).bool(), *pruned]))
     return Network(
         graph,
@@ -137,7 +147,9 @@ def _reason(
     weight: Weight, ignored: frozenset[str], conflicts: set[str], makes_output: bool
 ) -> str | None:
     if weight.origin is None:
-        return IGNORED if weight.name in ignored else COMPUTED
+        if weight.name in ignored:
+            return IGNORED
+        return NORMED if weight.normed else COMPUTED
     if weight.origin.parameter in ignored:
         return IGNORED
     if weight.origin.parameter in conflicts:
@@ -171,10 +183,9 @@ def _output_blocks(wiring: Wiring, results: Tensor) -> frozenset[int]:
     return frozenset(found)
 
 
-def _pruned_before(model: nn.Module, weight: Weight, layer: Layer) -> Tensor:
+def _pruned_before(buffers: Mapping[str, Tensor], weight: Weight) -> Tensor:
     """True for kernels that masks of `torch.nn.utils.prune` have removed already."""
     alive = torch.ones(weight.value.shape, dtype=torch.bool, device=weight.value.device)
-    buffers = dict(model.named_buffers())
     for origin in (weight.origin, weight.scale):
         name = origin.parameter if origin else ""
         mask = buffers.get(f"{public_name(name)}_mask") if name.endswith("_orig") else None
@@ -195,12 +206,18 @@ def per_kernel(elements: Tensor, weight: Weight) -> Tensor:
     return counts.index_add_(1, columns, elements.float()) > 0
 
 
-def _unreached(model: nn.Module, used: frozenset[str]) -> dict[str, str]:
-    """Convolutions that no traced graph reads."""
+def _unread(model: nn.Module, wired: Wired) -> dict[str, str]:
+    """Convolutions that no traced graph reads, and why."""
+
+    def reason(name: str) -> str:
+        if wired.left_out:
+            return UNTRACED
+        return UNUSED if name in wired.called else UNREACHED
+
     return {
-        name: UNREACHED
+        name: reason(name)
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.conv._ConvNd)
         and (own := [f"{name}.{key}" for key, _ in module.named_parameters()])
-        and used.isdisjoint(own)
+        and wired.used.isdisjoint(own)
     }

@@ -32,7 +32,7 @@ from .lengths import with_norms
 from .masks import apply_masks, parameter_masks
 from .options import LATENCY, check
 from .progress import Stages
-from .prunable import Network, find_prunable
+from .prunable import LINEAR, OUTPUT, Network, find_prunable
 from .ranks import agreed
 from .result import LayerCount, PruneResult, by_reason, times
 from .targets import Target, least_of
@@ -263,10 +263,15 @@ def _network(
     )
     if network.graph.num_kernels == 0:
         reasons = "; ".join(by_reason(network.skipped))
+        could = {OUTPUT, LINEAR}.intersection(network.skipped.values())
         raise ArgumentError(
             f"{type(model).__name__} has no convolution to prune ({reasons or 'none was found'}). "
-            "Pass prune_outputs=True to prune the layers that make the output, or "
-            "include_linear=True to prune linear layers."
+            + (
+                "Pass prune_outputs=True to prune the layers that make the output, or "
+                "include_linear=True to prune linear layers."
+                if could
+                else "Change what keeps these layers from being pruned first."
+            )
         )
     return network
 

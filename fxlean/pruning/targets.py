@@ -171,12 +171,14 @@ def unit_costs(channels: Channels, of: str, least: Mapping[str, float]) -> Costs
         fewest[number] = (
             0 if use.is_norm else ceil(least.get(use.layer, 0.0) * len(use.rows) - 1e-9)
         )
+    others = channels.units.parameters.values() if of == "parameters" else ()
+    none = np.zeros(len(others))
     return Costs(
-        tuple(use.rows for use in uses),
-        tuple(use.columns for use in uses),
-        product,
-        linear,
-        fewest.astype(np.int64),
+        (*(use.rows for use in uses), *(units for _, _, units in others)),
+        (*(use.columns for use in uses), *[np.array([-1])] * len(others)),
+        np.append(product, none),
+        np.append(linear, [each for _, each, _ in others]),
+        np.append(fewest, none).astype(np.int64),
     )
 
 

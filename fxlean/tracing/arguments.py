@@ -53,7 +53,7 @@ def check_traceable(model: nn.Module) -> None:
     quantised = [name for name, module in modules.items() if _quantises(module)]
     if quantised:
         raise ArgumentError(
-            f"prepared for quantisation, which resizes buffers as it runs: {some(quantised)}. "
+            f"prepared for quantisation, with observers that cannot be traced: {some(quantised)}. "
             "Prune the model before torch.ao.quantization prepares it."
         )
     convolutions = {n: m for n, m in modules.items() if isinstance(m, nn.modules.conv._ConvNd)}
@@ -68,8 +68,11 @@ def check_traceable(model: nn.Module) -> None:
 
 def _quantises(module: nn.Module) -> bool:
     """Whether a module observes or imitates quantisation, if anybody has loaded such modules."""
-    fakes = sys.modules.get("torch.ao.quantization.fake_quantize")
-    return fakes is not None and isinstance(module, fakes.FakeQuantizeBase)
+    kinds = {"observer": "ObserverBase", "fake_quantize": "FakeQuantizeBase"}
+    loaded = {
+        kind: sys.modules.get(f"torch.ao.quantization.{name}") for name, kind in kinds.items()
+    }
+    return any(isinstance(module, getattr(found, kind, ())) for kind, found in loaded.items())
 
 
 def _is_sharded(module: nn.Module) -> bool:

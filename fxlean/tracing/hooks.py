@@ -28,13 +28,13 @@ def watched_hooks(model: nn.Module) -> Iterator[tuple[set[int], int]]:
     before, after = _dictionaries(model)
     originals = [(hooks, dict(hooks)) for hooks in [*before, *after]]
     try:
-        for hooks in [*before, *after]:
-            assigns = any(hooks is known for known in before)
-            for number, hook in hooks.items():
-                if isinstance(hook, MASKING):
-                    active.add(number)
-                else:
-                    hooks[number] = _watched(hook, number, active, assigns)
+        for dictionaries, assigns in ((before, True), (after, False)):
+            for hooks in dictionaries:
+                for number, hook in hooks.items():
+                    if isinstance(hook, MASKING):
+                        active.add(number)
+                    else:
+                        hooks[number] = _watched(hook, number, active, assigns)
         yield active, sum(len(content) for _, content in originals)
     finally:
         _put_back(originals)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.parametrizations import spectral_norm
 
 import fxlean
 from tests.support.blocks import StandardisedConv2d
@@ -161,6 +162,12 @@ def with_script():
     return model
 
 
+def observed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)).eval()
+    model.qconfig = torch.ao.quantization.get_default_qconfig("fbgemm")
+    return torch.ao.quantization.prepare(model)
+
+
 def quantisation_aware():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)).train()
     model.qconfig = torch.ao.quantization.get_default_qat_qconfig("fbgemm")
@@ -177,12 +184,18 @@ def quantisation_aware():
         (with_strange_weight, r"0\.0\.weight: of type Doubled, .*Prune the model before"),
         (with_script, r"compiled by TorchScript.*: 0\.2\. Prune with the original modules"),
         (quantisation_aware, r"prepared for quantisation.*: 0\..*Prune the model before torch\.ao"),
+        (observed, r"prepared for quantisation.*: 0\..*Prune the model before torch\.ao"),
         (lambda: "resnet18", r"model is a str\. Pass a torch\.nn\.Module"),
         (lambda: nn.Linear(3, 4), r"Linear has no parameter that could be a convolution kernel"),
         (lambda: nn.Conv2d(3, 4, 3), r"no convolution to prune \(.*produces the model's output"),
         (
             lambda: nn.Sequential(*[StandardisedConv2d(3, 3, 1) for _ in range(5)]),
-            r"no convolution to prune \(0, 1, 2 and 2 more: its weight is a buffer, or computed so",
+            r"no convolution to prune \(0, 1, 2 and 2 more: its weight is a buffer, or computed so"
+            r".*weight standardisation; a layer that has the computed weight.*Change what keeps",
+        ),
+        (
+            lambda: spectral_norm(nn.Conv2d(3, 4, 3)),
+            r"no convolution to prune \(.*divided by a norm.*spectral norm; .*remove_parametriz",
         ),
         (lambda: nn.Conv2d(3, 4, 3, device="meta"), r"meta device .*: weight, bias\. Load weights"),
         (lambda: nn.LazyConv2d(4, 3), r"no shape yet: weight, bias\. Run the model once"),

@@ -12,7 +12,7 @@ from torch.nn.utils import prune as torch_prune
 import fxlean
 from fxlean.nn import RefreshMasks
 from fxlean.pruning.masks import apply_masks
-from fxlean.pruning.prunable import COMPUTED
+from fxlean.pruning.prunable import NORMED
 from tests.support.blocks import conv, conv_bn_relu
 from tests.support.oracles import read
 from tests.support.zoo import ZOO, make
@@ -202,7 +202,7 @@ def test_spectral_norm_is_left_alone_and_told(norm):
     torch.manual_seed(0)
     model = nn.Sequential(conv(3, 4), norm(conv(4, 4)), conv(4, 4), conv(4, 2, 1))
     result = fxlean.prune(model, 0.3, IMAGE)
-    assert result.skipped["1"] == COMPUTED
+    assert result.skipped["1"] == NORMED
     assert [layer.name for layer in result.layers] == ["0", "2"]
     assert model(IMAGE).isfinite().all()
 

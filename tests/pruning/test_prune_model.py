@@ -13,6 +13,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.utils._pytree import tree_leaves
 
 import fxlean
+from fxlean.pruning.prunable import UNREACHED, UNTRACED, UNUSED
 from fxlean.selection.liveness import used_kernels, zero_channels
 from fxlean.selection.methods import METHODS
 from tests.support.blocks import conv, conv_bn_relu
@@ -307,3 +308,33 @@ def test_only_layers_that_nothing_else_reads_count_as_output():
     result = fxlean.prune(Encoder().eval(), 0.5, torch.randn(1, 3, 8, 8))
     assert [layer.name for layer in result.layers] == ["stages.0.0", "stages.1.0", "stages.2.0"]
     assert list(result.skipped) == ["head"]
+
+
+class Unused(nn.Module):
+    """A layer that is not called, one that no output depends on, and one that makes it."""
+
+    def __init__(self, looks: bool):
+        super().__init__()
+        self.looks = looks
+        self.body, self.idle = conv_bn_relu(3, 4), nn.Conv2d(4, 4, 1)
+        self.auxiliary, self.head = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        self.idle(x)
+        return self.head(x) if not self.looks or x.mean() > -1e9 else self.auxiliary(x)
+
+
+def test_layers_outside_of_the_graph_say_why():
+    torch.manual_seed(0)
+    skipped = fxlean.prune(Unused(looks=False).eval(), 0.5, torch.randn(1, 3, 8, 8)).skipped
+    assert skipped["idle"] == UNUSED
+    assert skipped["auxiliary"] == UNREACHED
+
+
+def test_layers_that_no_traced_part_calls_are_not_called_unreached():
+    torch.manual_seed(0)
+    model, x = Unused(looks=True).eval(), torch.randn(1, 3, 8, 8)
+    with pytest.warns(fxlean.PruneWarning, match="traced one by one"):
+        skipped = fxlean.prune(model, 0.5, x).skipped
+    assert skipped["auxiliary"] == UNTRACED

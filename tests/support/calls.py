@@ -111,6 +111,15 @@ MIXED = [
 PRODUCTS = [
     (aten.bmm.default, (Data((2, 3, 4)), Data((2, 4, 5)))),
     (aten.bmm.default, (Data((2, 3, 4)), torch.ones(2, 4, 5))),
+    (
+        aten.scaled_dot_product_attention.default,
+        (Data((2, 5, 3)), Data((2, 4, 3)), Data((2, 4, 2))),
+    ),
+    (aten._scaled_dot_product_flash_attention_for_cpu.default, (Data((1, 2, 5, 4)),) * 3),
+    (
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        (Data((2, 3, 5, 4)), torch.ones(2, 3, 6, 4), Data((2, 3, 6, 4))),
+    ),
     (aten.bmm.default, (Data((1, 1, 1)), Data((1, 1, 5)))),
 ]
 HALVES = torch.full((4, 1, 1), 0.5)
@@ -140,6 +149,10 @@ CALLS = NORMALISED + WEIGHTED + WINDOWED + REDUCED + MIXED + PRODUCTS + POINTWIS
 ELSEWHERE = {
     aten.cudnn_batch_norm: "runs on CUDA only",
     aten.miopen_batch_norm: "runs on ROCm only",
+    aten._scaled_dot_product_cudnn_attention: "runs on CUDA only",
+    aten._scaled_dot_product_efficient_attention: "runs on CUDA only",
+    aten._scaled_dot_product_flash_attention: "runs on CUDA only",
+    aten._scaled_dot_product_fused_attention_overrideable: "runs on devices of others only",
     aten._batch_norm_with_update: "runs in training only, which is never traced",
 }
 

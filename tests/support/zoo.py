@@ -20,6 +20,7 @@ from tests.support.blocks import (
     DenseInPlace,
     Functional,
     InPlace,
+    MultiHead,
     Nested,
     Outputs,
     StackedWeights,
@@ -261,5 +262,6 @@ ZOO: dict[str, Case] = {
     "self_attention": Case(
         lambda: between(conv_bn_relu(4, 6), Apply(self_attention), conv_bn_relu(6, 4))
     ),
+    "multi_head": Case(lambda: between(conv_bn_relu(4, 6), MultiHead(6), conv_bn_relu(6, 4))),
     "opaque": Case(lambda: between(conv_bn_relu(4, 6), Apply(distances), conv_bn_relu(6, 4))),
 }

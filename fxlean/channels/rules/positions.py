@@ -56,6 +56,14 @@ AVERAGES = {1: aten.avg_pool1d, 2: aten.avg_pool2d, 3: aten.avg_pool3d}
 WINDOWED = frozenset(
     {operator for each in WINDOWS.values() for operator in each} | {*AVERAGES.values()}
 )
+ATTENTIONS = (
+    aten.scaled_dot_product_attention,
+    aten._scaled_dot_product_cudnn_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_fused_attention_overrideable,
+)
 REDUCTIONS = (
     aten.all,
     aten.amax,
@@ -164,6 +172,24 @@ def product(site: Site) -> Flow:
     met = site.wiring.join(Kind.PRODUCT, flows, (batch, rows, shared, columns))
     summed = site.wiring.merge(met, [0, 1, 3])
     return make_flow(summed.ids.squeeze(2), summed.gain.squeeze(2), site.shape)
+
+
+def attention(site: Site) -> Any:
+    """Attention: scores depend on all of queries and keys, and mix values over their positions."""
+    names = ("query", "key", "value", "attn_mask", "attn_bias")
+    query, key, value, *masks = (site.argument(name) for name in names)
+    shape = site.shape
+    heads = range(len(shape) - 2)
+    shapes = [tuple(node.meta["val"].shape) for node in (query, key, value)]
+    if not site.is_constant(masks) or len({tuple(s[d] for d in heads) for s in shapes}) > 1:
+        return site.opaque()
+    asked = [site.wiring.merge(site.flow(operand), heads) for operand in (query, key)]
+    asked = [make_flow(flow.ids, flow.gain, (*shape[:-2], 1, 1)) for flow in asked]
+    scores = site.wiring.join(Kind.LIVE, asked, (*shape[:-2], 1, 1))
+    values = site.wiring.merge(site.flow(value), [*heads, -1])
+    values = make_flow(values.ids, values.gain, (*shape[:-2], 1, shape[-1]))
+    met = site.wiring.join(Kind.PRODUCT, [scores, values], (*shape[:-2], 1, shape[-1]))
+    return make_flow(met.ids, met.gain, shape)
 
 
 def _results(site: Site, flows: Sequence[Flow]) -> Any:

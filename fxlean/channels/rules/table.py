@@ -124,6 +124,7 @@ def _build() -> dict[Any, Rule]:
     for spatial, operator in positions.AVERAGES.items():
         table[operator] = positions.window(spatial, positions.average_gain(spatial))
     table |= dict.fromkeys(positions.REDUCTIONS, positions.reduction)
+    table |= dict.fromkeys(positions.ATTENTIONS, first(positions.attention))
     table |= dict.fromkeys(POINTWISE, pointwise)
     table |= dict.fromkeys(BATCH_NORMS, first(weighted.batch_norm))
     return table | {

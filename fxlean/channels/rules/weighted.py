@@ -51,17 +51,18 @@ def linear(site: Site) -> Any:
 def _weight(site: Site, call: Convolution | Linear) -> Weight:
     """The weight of a call, and where its kernels can be zeroed."""
     constants = site.constants
-    origin = site.origin(call.weight)
+    origin, scale, normed = site.origin(call.weight), None, False
     try:
         scale = constants.scale(call.weight, origin) if origin else None
     except LookupError:
-        origin = scale = None
+        origin, normed = None, True
     return Weight(
         name=constants.name(call.weight),
         value=site.value(call.weight),
         transposed=call.transposed,
         origin=origin,
         scale=scale,
+        normed=normed,
         layer=constants.layer(call.weight, call.bias),
     )
 
