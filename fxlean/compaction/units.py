@@ -78,7 +78,9 @@ class Units:
         """Some of the units, numbered anew; the channels of the others stay."""
         numbers = np.append(np.where(chosen, np.cumsum(chosen) - 1, -1), -1)
         uses = [replace(u, rows=numbers[u.rows], columns=numbers[u.columns]) for u in self.uses]
-        parameters = {name: (*rest, numbers[ids]) for name, (*rest, ids) in self.parameters.items()}
+        parameters = {
+            name: (dim, each, numbers[ids]) for name, (dim, each, ids) in self.parameters.items()
+        }
         groups = {name: (count, numbers[ids]) for name, (count, ids) in self.groups.items()}
         return Units(int(chosen.sum()), tuple(uses), parameters, groups, self.pinned)
 

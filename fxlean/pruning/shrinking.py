@@ -122,7 +122,8 @@ def _samples(batch: Arguments, size: int, which: slice) -> Arguments:
     def part(tensor: Tensor) -> Tensor:
         return tensor[which] if tensor.dim() and tensor.shape[0] == size else tensor
 
-    return replaced(batch, part)
+    result: Arguments = replaced(batch, part)
+    return result
 
 
 def _within(
