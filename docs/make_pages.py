@@ -15,6 +15,7 @@ PACKAGE = DOCS.parent / "fxlean"
 FLOORS = """
 errors
 nn
+masking
 tracing: leaves snapshot sandbox arguments inputs functions hooks rehearsal witness tracer
 norms: suprema operator
 channels: graph flow calls weights builder wiring site
