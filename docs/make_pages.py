@@ -25,9 +25,11 @@ calibration: moments contributions noise batches running shares elements least_s
 calibration: side_by_side corrections reference repair_result repair_model statistics distillation
 selection: jit rows ranking liveness chains paths relevance methods
 pruning: prunable lengths masks progress ranks result options prune_model rounds
+checkpoint: layout
 compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer
 compaction: verify attempts
+checkpoint: packing rebuild reading files
 costs
 """
 BEGIN, END = "<!-- modules -->\n", "<!-- /modules -->\n"

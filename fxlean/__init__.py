@@ -8,6 +8,7 @@ from .calibration.repair_result import RepairResult
 from .channels import rules
 from .channels.graph import ChannelGraph
 from .channels.rules import register
+from .checkpoint.files import load, save
 from .compaction.attempts import compact
 from .costs import Report, report
 from .errors import (
@@ -40,11 +41,13 @@ __all__ = [
     "compact",
     "distill",
     "iterate",
+    "load",
     "operator_norms",
     "prune",
     "register",
     "repair",
     "report",
     "rules",
+    "save",
     "trace",
 ]

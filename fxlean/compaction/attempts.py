@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..checkpoint.layout import note_dense
 from ..errors import CompactionError, CompactionWarning, warn
 from ..masking import remove_masks
 from ..tracing.arguments import check_model, unwrapped
@@ -61,12 +62,14 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     model = unwrapped(model)
     bare = copied(model)
     remove_masks(bare)
+    dense = bare
     trace = trace_model(bare, example_inputs)
     inputs = inputs_to_compare(trace.arguments)
     check = Check(model, bare, inputs)
     while True:
         smaller = _smallest(bare, trace, check)
         if _grouped(smaller) >= _grouped(bare):
+            note_dense(dense, smaller)
             return smaller
         # Within its one group that is left, a layer can be cut further.
         bare, trace = smaller, trace_model(smaller, inputs[0])

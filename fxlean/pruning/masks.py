@@ -95,9 +95,9 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], called: frozenset
             holders.setdefault(id(parameter), []).append((path, name))
     # Without gradients the masked weights can be deep-copied; the next forward pass renews them.
     with untouched(model, always=False), torch.no_grad():
-        for key, mask in masks.items():
+        for key in [key for key in parameters if key in masks]:  # names in the same order always
             for path, name in holders[id(parameters[key])]:
-                put_mask(model.get_submodule(path), name, mask)
+                put_mask(model.get_submodule(path), name, masks[key])
                 if path not in called:
                     _refresh_from_caller(model, path, called)
 
