@@ -24,7 +24,8 @@ channels: walk
 calibration: moments contributions noise batches running shares elements least_squares
 calibration: side_by_side corrections reference repair_result repair_model statistics distillation
 selection: jit rows ranking liveness chains paths relevance methods
-pruning: prunable lengths masks progress ranks result options prune_model rounds
+pruning: prunable lengths masks progress ranks result options prune_model
+pruning: schedules rounds
 checkpoint: layout
 compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer

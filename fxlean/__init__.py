@@ -23,6 +23,7 @@ from .norms.operator import operator_norms
 from .pruning.prune_model import prune, trace
 from .pruning.result import PruneResult
 from .pruning.rounds import iterate
+from .pruning.schedules import schedule
 
 # The path that `register` documents, wherever the rules lie.
 sys.modules[f"{__name__}.rules"] = rules
@@ -49,5 +50,6 @@ __all__ = [
     "report",
     "rules",
     "save",
+    "schedule",
     "trace",
 ]
