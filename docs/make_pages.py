@@ -14,6 +14,7 @@ PACKAGE = DOCS.parent / "fxlean"
 # Ground floor first: a module imports only from those before it. A test holds that.
 FLOORS = """
 errors
+pictures
 nn
 masking
 tracing: leaves snapshot sandbox arguments inputs functions hooks rehearsal witness tracer
