@@ -33,6 +33,7 @@ compaction.exported: layers needs writer
 compaction: verify attempts
 checkpoint: packing rebuild reading files
 costs
+lightning
 """
 BEGIN, END = "<!-- modules -->\n", "<!-- /modules -->\n"
 

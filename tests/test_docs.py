@@ -56,6 +56,16 @@ def test_every_way_of_shipping(tmp_path, monkeypatch):
         run_apart("import fxlean", tmp_path)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*isinstance.*LeafSpec.*:FutureWarning"
+)
+def test_training_loops(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for _, code in blocks("training.md"):
+        exec(code, names)
+
+
 @pytest.mark.parametrize("size", [(2, 5, 8, 8), (2, 5, 8), (2, 5)])
 @pytest.mark.parametrize("reads", [[0, 3], None])
 @pytest.mark.parametrize("places", [[1, 2, 4], None])
