@@ -24,15 +24,15 @@ channels.rules: movements positions weighted table
 channels: walk
 calibration: moments contributions noise batches running shares elements least_squares
 calibration: side_by_side corrections reference repair_result repair_model statistics distillation
-selection: jit rows ranking liveness chains paths relevance methods
-pruning: prunable lengths masks progress ranks result options prune_model
-pruning: schedules rounds
+selection: jit rows ranking liveness chains paths relevance methods channels
+costs
 checkpoint: layout
 compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer
-compaction: verify attempts
+compaction: verify attempts units
 checkpoint: packing rebuild reading files
-costs
+pruning: prunable lengths masks progress ranks result channels latency targets options choice
+pruning: prune_model schedules rounds
 lightning
 """
 BEGIN, END = "<!-- modules -->\n", "<!-- /modules -->\n"

@@ -18,7 +18,7 @@ from .channels.weights import Constants, layer_name
 from .errors import ArgumentError
 from .pictures import bars, html_table
 from .tracing.arguments import check_model, unwrapped
-from .tracing.tracer import Piece, trace_model
+from .tracing.tracer import Piece, Trace, trace_model
 
 COUNTS = {"kernels": "kernels", "parameters": "parameters", "macs": "MACs"}  # and their headings
 
@@ -195,15 +195,14 @@ def report(
     check_model(model)
     model = unwrapped(model)
     earlier = None if before is None else report(before, example_inputs)
-    layers = _layer_costs(model, example_inputs)
+    layers = layer_costs(model, trace_model(model, example_inputs))
     if earlier is not None:
         layers = _named_as(earlier.layers, layers)
     return Report(layers, *_parameters(model), earlier)
 
 
-def _layer_costs(model: nn.Module, example_inputs: Any) -> tuple[LayerCost, ...]:
+def layer_costs(model: nn.Module, traced: Trace) -> tuple[LayerCost, ...]:
     """The cost of every layer, in the order of the first calls."""
-    traced = trace_model(model, example_inputs)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     costs: dict[str, LayerCost] = {}
     for piece in traced.pieces:

@@ -16,6 +16,8 @@ from .pruning.prune_model import prune
 from .pruning.result import PruneResult
 from .pruning.schedules import schedule
 
+WHAT = ("ignore", "prune_outputs", "include_linear", "granularity")  # decide what has masks
+
 
 class PruningCallback(Callback):
     """Prunes a `LightningModule` step by step, at the end of epochs.
@@ -71,8 +73,8 @@ class PruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the masks on, before optimizers are made and checkpoints are loaded."""
         if stage == "fit":
-            options = {key: value for key, value in self._options.items() if key != "calibration"}
-            self._prune(pl_module, 1.0, **{**options, "method": "l1", "redundancy": False})
+            options = {key: self._options[key] for key in WHAT if key in self._options}
+            self._prune(pl_module, 1.0, method="l1", redundancy=False, **options)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the next step, if it is time."""

@@ -152,8 +152,8 @@ def _cut(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[nn.Mod
             yield candidate
     for follow in FOLLOW:
         slots = boldest if follow is FOLLOW[0] else slots_of(bare, trace, follow)
-        yield _fitted(_compacted(bare, slots, pinned=False), arguments)
-    yield _fitted(_compacted(bare, slots, pinned=True), arguments)
+        yield fitted(_compacted(bare, slots, pinned=False), arguments)
+    yield fitted(_compacted(bare, slots, pinned=True), arguments)
 
 
 def _rewritten(bare: nn.Module, arguments: Arguments) -> nn.Module:
@@ -198,7 +198,7 @@ def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
     return result
 
 
-def _fitted(model: nn.Module, arguments: Arguments) -> nn.Module:
+def fitted(model: nn.Module, arguments: Arguments) -> nn.Module:
     """The model with norms that know how many channels they get; in place.
 
     Those without parameters do not need the number, but instance norms warn where it is another.

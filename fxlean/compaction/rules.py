@@ -34,6 +34,7 @@ def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
 
     `follow` has the operators whose sizes are taken to follow the number of channels.
     """
+    slots.walked = site.packet.__name__
     result = _met(site)
     if result is None:
         result = rule_for(site.node.target)(site)
@@ -49,6 +50,8 @@ def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
     elif not _follows(site, results, follow):
         for flow in (*site.flows(), *results):
             slots.pin(flow.ids)
+        return result
+    slots.assumed |= site.packet in follow and any(map(_dims, site.flows()))
     return result
 
 

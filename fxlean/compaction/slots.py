@@ -87,6 +87,9 @@ class Slots:
         count: of the slots; they are numbered from 0.
         links: pairs of slots that stay or go together.
         pinned: slots that stay.
+        pinned_by: for each entry of `pinned`, what was walked then.
+        walked: the operator that is walked, or what else may pin: "constant", "input", "output".
+        assumed: whether sizes in the code were taken to follow the number of channels.
     """
 
     batch: int = 1
@@ -96,6 +99,9 @@ class Slots:
     count: int = 0
     links: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     pinned: list[Tensor] = field(default_factory=list)
+    pinned_by: list[str] = field(default_factory=list)
+    walked: str = "constant"
+    assumed: bool = False
     _zero: Tensor = field(default_factory=lambda: torch.zeros(1024, dtype=torch.bool))
 
     def __post_init__(self) -> None:
@@ -126,6 +132,7 @@ class Slots:
     def pin(self, slots: Tensor) -> None:
         """Never remove these slots."""
         self.pinned.append(slots.reshape(-1))
+        self.pinned_by.append(self.walked)
 
     def add_channels(self, kind: Kind, count: int) -> Tensor:
         """See `Builder`: pinned, for nothing here makes them."""

@@ -11,11 +11,15 @@ from torch import Tensor
 from .slots import Application, Slots
 
 Kept = Callable[[Tensor], Tensor]  # from slot numbers to True where they are kept
+RAGGED = 0.01  # from this fraction of zero kernels on, the number of channels is an accident
 WIDTH = 16  # channels that vector units and tensor cores take at a time
 
 
 def solve(slots: Slots, tied: Collection[str] = (), *, pinned: bool = False) -> Kept:
-    """Which slots must be kept.
+    """Which slots must be kept, and more where that is faster.
+
+    Where single kernels were pruned, how many channels happen to be left of a layer can make it
+    slow, so that a few more stay, see `fill_up`. Where whole channels were, somebody chose.
 
     Args:
         slots: of a model.
@@ -23,6 +27,14 @@ def solve(slots: Slots, tied: Collection[str] = (), *, pinned: bool = False) -> 
         pinned: keep all slots, so that layers only change inside.
     """
     label = components(slots, tied)
+    kept = _needed(slots, label, pinned=pinned, fill=False)
+    if not _is_whole(slots, kept[label]):
+        kept = _needed(slots, label, pinned=pinned, fill=True)
+    return lambda numbers: kept[label[numbers]]
+
+
+def _needed(slots: Slots, label: Tensor, *, pinned: bool, fill: bool) -> Tensor:
+    """Which components must be kept."""
     kept = torch.full((int(label.max()) + 1 if len(label) else 0,), pinned)
     for numbers in slots.pinned:
         kept[label[numbers]] = True
@@ -38,11 +50,24 @@ def solve(slots: Slots, tied: Collection[str] = (), *, pinned: bool = False) -> 
                 row, column = _at_least_one(applied, rows, present)
                 kept[label[applied.result.slots[row]]] = True
                 kept[label[applied.source.slots[column]]] = True
-            elif applied.groups == 1 or applied.diagonal:
+            elif fill and (applied.groups == 1 or applied.diagonal):
                 # A diagonal layer would have to place zeros where it reads nothing.
                 others = ~rows if applied.groups == 1 else present
                 kept[label[applied.result.slots[fill_up(rows, others)]]] = True
-    return lambda numbers: kept[label[numbers]]
+    return kept
+
+
+def _is_whole(slots: Slots, kept: Tensor) -> bool:
+    """Whether hardly a kernel is zero between channels that are kept and not always zero."""
+    left = zero = 0
+    for applied in slots.applications:
+        rows = kept[applied.result.slots] & ~applied.result.zero
+        columns = kept[applied.source.slots] & ~applied.source.zero
+        grouped = applied.nonzero[rows].reshape(-1, applied.nonzero.shape[1])
+        found = grouped[:, columns] if applied.groups == 1 else grouped
+        left += found.numel()
+        zero += int((~found).sum())
+    return zero <= RAGGED * left
 
 
 def components(slots: Slots, tied: Collection[str] = ()) -> Tensor:

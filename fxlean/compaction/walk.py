@@ -33,11 +33,12 @@ def slots_of(model: nn.Module, trace: Trace, follow: Collection[Any]) -> Slots:
     owners = owners_of(model, trace)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for piece in trace.pieces:
-        slots.batch = max(1, piece.batch)
+        slots.batch, slots.walked = max(1, piece.batch), "input"
         state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
         constants = Constants(piece.graph, state, moves, owners)
         sources = [source(slots, tuple(node.meta["val"].shape)) for node in piece.input_nodes]
         env = walk(piece, slots, constants, sources, lambda site: apply_rule(site, slots, follow))
+        slots.walked = "output"
         for node in piece.output_nodes:
             if node in env:
                 slots.pin(env[node].ids)
@@ -66,6 +67,7 @@ def owners_of(model: nn.Module, trace: Trace) -> dict[str, str]:
 
 def _refuse(slots: Slots) -> None:
     """Pin what refused layers read and write, and drop their applications."""
+    slots.walked = "a layer whose parameters are used in another way as well"
     for applied in slots.applications:
         if applied.layer in slots.refused:
             slots.pin(applied.source.slots)

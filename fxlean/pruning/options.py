@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from inspect import signature
 from numbers import Real
@@ -13,6 +13,10 @@ from ..errors import ArgumentError
 from ..norms.operator import ORDERS
 from ..selection.methods import METHODS, SHARE
 from ..tracing.arguments import check_model, resolve_ignored, unwrapped
+from .targets import COUNTED
+
+GRANULARITIES = ("kernel", "channel")
+LATENCY = "latency"
 
 
 def check(
@@ -24,6 +28,11 @@ def check(
     ignore: Any = (),
     progress: Any = None,
     calibration: Any = None,
+    granularity: Any = "kernel",
+    of: Any = "kernels",
+    at_least: Any = None,
+    round_to: Any = 1,
+    include_linear: Any = None,
     **flags: Any,
 ) -> None:
     """Reject arguments that make no sense, before anything is touched.
@@ -32,11 +41,20 @@ def check(
     """
     check_model(model)
     check_ratio(ratio)
-    norms = (*ORDERS, SHARE)
-    for name, value, known in (("method", method, METHODS), ("norm", norm, norms)):
+    choices: dict[str, tuple[Any, Collection[str]]] = {
+        "method": (method, METHODS),
+        "norm": (norm, (*ORDERS, SHARE)),
+        "granularity": (granularity, GRANULARITIES),
+    }
+    if not callable(of):
+        choices["of"] = (of, (*COUNTED, LATENCY))
+    for name, (value, known) in choices.items():
         if not isinstance(value, str) or value not in known:
-            raise ArgumentError(f"{name} is {value!r}. Pass one of {', '.join(known)}.")
-    for name, value in {**flags, "progress": progress is not None and progress}.items():
+            more = ", or a function that measures a model" if name == "of" else ""
+            raise ArgumentError(f"{name} is {value!r}. Pass one of {', '.join(known)}{more}.")
+    _check_limits(at_least, round_to, granularity)
+    optional = {"progress": progress, "include_linear": include_linear}
+    for name, value in {**flags, **{k: v is not None and v for k, v in optional.items()}}.items():
         if not isinstance(value, bool):
             raise ArgumentError(f"{name} is {value!r}. Pass True or False.")
     resolve_ignored(unwrapped(model), ignore)
@@ -49,6 +67,25 @@ def check_ratio(ratio: Any) -> None:
         raise ArgumentError(
             f"ratio is {ratio!r}. Pass the fraction of kernels to keep, above 0 and at most 1: "
             "0.05 keeps 5 %."
+        )
+
+
+def _check_limits(at_least: Any, round_to: Any, granularity: str) -> None:
+    """Reject what is no fraction and no multiple."""
+    fractions = at_least.values() if isinstance(at_least, Mapping) else [at_least or 0]
+    for fraction in fractions:
+        number = isinstance(fraction, Real) and not isinstance(fraction, bool)
+        if not number or not 0 <= fraction <= 1:
+            raise ArgumentError(
+                f"at_least is {at_least!r}. Pass the fraction that every layer keeps, from 0 to 1, "
+                "or a mapping from names of layers, patterns or types to fractions."
+            )
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ArgumentError(f"round_to is {round_to!r}. Pass a whole number of at least 1.")
+    if round_to > 1 and granularity != "channel":
+        raise ArgumentError(
+            f'round_to is {round_to}, but single kernels are pruned. Pass granularity="channel" as '
+            "well, or leave it out."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,13 +26,16 @@ from ..tracing.arguments import (
 from ..tracing.inputs import Arguments
 from ..tracing.sandbox import on_cpu
 from ..tracing.tracer import Trace, trace_model
+from .choice import choose_channels, choose_kernels
+from .latency import latency_on
 from .lengths import with_norms
 from .masks import apply_masks, parameter_masks
-from .options import check
+from .options import LATENCY, check
 from .progress import Stages
 from .prunable import Network, find_prunable
 from .ranks import agreed
 from .result import LayerCount, PruneResult, by_reason, times
+from .targets import Target, least_of
 
 
 def prune(
@@ -45,11 +48,18 @@ def prune(
     norm: str = "spectral",
     redundancy: bool = True,
     prune_outputs: bool = False,
-    include_linear: bool = False,
+    include_linear: bool | None = None,
     calibration: Any = None,
+    granularity: str = "kernel",
+    of: str | Callable[[nn.Module], float] = "kernels",
+    at_least: float | Mapping[Any, float] | None = None,
+    round_to: int = 1,
     progress: bool | None = None,
 ) -> PruneResult:
     """Prune a model in place to a fraction of its convolution kernels, with masks.
+
+    Or to a fraction of what it costs (`of`), by single kernels or by whole channels, which make
+    networks faster (`granularity`).
 
     The masks are those of `torch.nn.utils.prune`: train on to fine-tune, `prune.remove` makes
     them permanent. A model that fails to be pruned is left as it was. In a process group every rank
@@ -58,8 +68,8 @@ def prune(
 
     Args:
         model: any convolutional network, on any device, in any floating-point type.
-        ratio: fraction of the prunable kernels to keep, in (0, 1]; kernels that earlier masks
-            removed count as pruned. 0.05 keeps 5 %.
+        ratio: fraction to keep, in (0, 1], of the prunable kernels, or of what `of` says; kernels
+            that earlier masks removed count as pruned. 0.05 keeps 5 %.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments
             that the model accepts; if left out, common sizes are tried.
         method: "lean" (longest chains), "path" (complete chains), "relevance" (what most of the
@@ -71,10 +81,20 @@ def prune(
             "nuclear" or "l1".
         redundancy: whether to remove kernels that read only zeros, or that nothing reads.
         prune_outputs: whether to prune the layers that make the model's output.
-        include_linear: whether to prune linear layers, feature by feature.
+        include_linear: whether to prune linear layers, feature by feature; if left out, with whole
+            channels only.
         calibration: unlabelled batches for "relevance": one, or an iterable such as a
             `DataLoader`, of tensors, tuples of arguments or dicts; labels beside the only input
             are left out. Without them, noise of the shape of the example inputs.
+        granularity: "kernel", or "channel" for whole channels: at once all that can only go
+            together.
+        of: what the ratio is a fraction of: "kernels", the network's "parameters" or "macs"
+            (with single kernels, those that the prunable kernels have), or its "latency": measured
+            on this machine, compacted, in eval mode, on the example inputs. Or a function that
+            measures a compacted model.
+        at_least: the fraction of its kernels or channels that every layer keeps; or a mapping from
+            layers, named as for `ignore`, to fractions. A layer keeps at least one channel.
+        round_to: numbers of channels are multiples of it; for whole channels.
         progress: show a bar; by default on a terminal, if it takes seconds.
 
     Returns:
@@ -82,7 +102,8 @@ def prune(
 
     Raises:
         ArgumentError: an argument makes no sense, the model rejects the example inputs, there
-            is nothing to prune, or weights hold NaN or infinity. It is a ValueError.
+            is nothing to prune, the ratio cannot be reached, or weights hold NaN or infinity. It
+            is a ValueError.
         TraceError: no example inputs were given and none that were tried fit.
 
     Warns:
@@ -102,10 +123,16 @@ def prune(
         redundancy=redundancy,
         prune_outputs=prune_outputs,
         include_linear=include_linear,
+        granularity=granularity,
+        of=of,
+        at_least=at_least,
+        round_to=round_to,
     )
     model = unwrapped(model)
     chosen = METHODS[method]
     order = chosen.norm or norm
+    by_channel = granularity == "channel"
+    linear = by_channel if include_linear is None else include_linear
     from ..selection.jit import when_compiling  # here, because numba takes long to import
     from ..selection.liveness import used_kernels, zero_channels
 
@@ -115,19 +142,23 @@ def prune(
         example_inputs, batches = _data(model, example_inputs, order, calibration)
         trace = trace_model(model, example_inputs)
         wired = wire(model, trace)
-        network = _network(model, wired, ignore, prune_outputs, include_linear)
+        network = _network(model, wired, ignore, prune_outputs, linear)
         stages.start("norms")
         graph = _filled(model, trace, wired, network, batches, order, gains=chosen.gains)
         check_finite(model, network.used)
         stages.start("select")
-        keep, chains = chosen.select(graph, int(ratio * graph.num_kernels), _generator(method))
+        names = [layer.name for layer in graph.layers]
+        measured = latency_on(trace.arguments) if of == LATENCY else of
+        target = Target(float(ratio), measured, least_of(model, at_least, names), round_to)
+        choose = choose_channels if by_channel else choose_kernels
+        choice = choose(model, trace, network, graph, chosen, _generator(method), target)
+        keep, selected = choice.keep, int(choice.keep.sum())
         graph = network.graph  # the same without lengths, which are as large as the model
-        selected = int(keep.sum())
         if redundancy:
             keep = used_kernels(graph, keep)
         zero = zero_channels(graph, keep, redundancy=redundancy)
         maskable = zero_channels(graph, np.zeros_like(keep))
-        keep, zero, selected, chains = agreed((keep, zero, selected, chains))
+        keep, zero, selected, choice = agreed((keep, zero, selected, choice))
         stages.start("masks")
         masks = parameter_masks(model, network, keep, zero, maskable)
         unpruned = fingerprint(model) if is_unpruned(model) else None
@@ -138,7 +169,7 @@ def prune(
         kept=int(keep.sum()),
         total=graph.num_kernels,
         selected=selected,
-        chains=chains,
+        chains=choice.chains,
         layers=tuple(
             LayerCount(layer.name, int(keep[layer.kernels].sum()), layer.rows * layer.columns)
             for layer in graph.layers
@@ -148,6 +179,8 @@ def prune(
         skipped=network.skipped,
         timings=stages.seconds,
         calibration=_kind(order, calibration),
+        left=choice.left,
+        pinned=choice.pinned,
     )
     _warn(result)
     return result

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..calibration.repair_result import RepairResult
+from ..costs import COUNTS
 from ..errors import some
 from ..pictures import bars, html_table
 
@@ -36,6 +37,9 @@ class PruneResult:
         skipped: layers and parts that were left alone, and why.
         timings: seconds spent in each stage: trace, norms, select, masks.
         calibration: "batches" or "noise", what a method that asks for data was given; else "".
+        left: what `compact` leaves of whole channels, and what there was: pairs of numbers for
+            "parameters" and "macs"; empty where single kernels are pruned.
+        pinned: layers all of whose channels had to stay, and the operator that needs all of them.
         repair: what `iterate(..., repair=True)` repaired after this step.
     """
 
@@ -50,6 +54,8 @@ class PruneResult:
     skipped: Mapping[str, str]
     timings: Mapping[str, float]
     calibration: str = ""
+    left: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    pinned: Mapping[str, str] = field(default_factory=dict)
     repair: RepairResult | None = None
 
     @property
@@ -94,6 +100,12 @@ class PruneResult:
     def _notes(self) -> list[str]:
         """What is below the table."""
         lines = [f"These kernels hold {self.share:.1%} of all parameters.", "", self._summary()]
+        if self.left:
+            parts = [
+                f"{now:,} of {before:,} {COUNTS[name]} ({now / before:.1%})"
+                for name, (now, before) in self.left.items()
+            ]
+            lines.append(f"whole channels: compact leaves {' and '.join(parts)}")
         if self.repair is not None:
             before, after = self.repair.before, self.repair.after
             lines.append(f"repaired: relative error of the outputs {before:.4f} -> {after:.4f}")
@@ -101,7 +113,8 @@ class PruneResult:
             lines.append(
                 f"opaque: {op} ({times(count)}), treated as reading and writing everything"
             )
-        return lines + [f"skipped: {line}" for line in by_reason(self.skipped)]
+        lines += [f"skipped: {line}" for line in by_reason(self.skipped)]
+        return lines + [f"all channels stay: {line}" for line in by_reason(self.pinned)]
 
     def _summary(self) -> str:
         chains = f" in {self.chains:,} chains" if self.chains else ""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..channels.graph import ChannelGraph
 
 SHARE = "share"
+Scores = Callable[[ChannelGraph, np.random.Generator], NDArray[np.floating]]
 Select = Callable[[ChannelGraph, int, np.random.Generator], tuple[NDArray[np.bool_], int]]
 
 
@@ -28,6 +29,10 @@ class Method:
             and the number of chains (0 for methods that rank kernels one by one). Only alive
             kernels are kept: at least `budget` of them, or all if there are fewer.
         description: one line for the documentation.
+        scores: takes graph and random generator; returns what each kernel is worth, at least 0,
+            which ranks whole channels, and kernels that cost unequally.
+        chains: whether kernels are chosen chain by chain. The score of a channel is the largest of
+            the kernels that write it, else their sum.
         norm: the kernel norm that belongs to the method; None for whichever the user asked for.
             `SHARE` stands for shares of variance, which only batches or noise can tell.
         gains: whether gains, those of batch norms among them, multiply the lengths.
@@ -35,6 +40,8 @@ class Method:
 
     select: Select
     description: str
+    scores: Scores
+    chains: bool = False
     norm: str | None = None
     gains: bool = True
 
@@ -88,18 +95,67 @@ def _random(
     return keep, 0
 
 
+def _chain_scores(complete: bool) -> Scores:
+    """The length of the longest chain through each kernel."""
+
+    def scores(graph: ChannelGraph, rng: np.random.Generator) -> NDArray[np.floating]:
+        from .paths import chain_scores
+
+        return chain_scores(graph, complete=complete)
+
+    return scores
+
+
+def _lengths(graph: ChannelGraph, rng: np.random.Generator) -> NDArray[np.floating]:
+    """The length of each kernel."""
+    from .ranking import kernel_scores
+
+    return kernel_scores(graph)
+
+
+def _relevances(graph: ChannelGraph, rng: np.random.Generator) -> NDArray[np.floating]:
+    """How much of the outputs flows through each kernel."""
+    from .relevance import kernel_relevance
+
+    return kernel_relevance(graph)
+
+
+def _draws(graph: ChannelGraph, rng: np.random.Generator) -> NDArray[np.floating]:
+    """A random number for each kernel."""
+    return rng.random(graph.num_kernels)
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "lean": Method(_lean, "longest disjoint chains of kernels, found greedily"),
-        "path": Method(_path, "longest chains from the model's inputs to its outputs"),
-        "relevance": Method(
-            _relevant, "kernels through which most of the outputs flows, on batches", norm=SHARE
+        "lean": Method(
+            _lean,
+            "longest disjoint chains of kernels, found greedily",
+            _chain_scores(complete=False),
+            chains=True,
         ),
-        "spectral": Method(_largest, "kernels with the largest norm", norm="spectral"),
+        "path": Method(
+            _path,
+            "longest chains from the model's inputs to its outputs",
+            _chain_scores(complete=True),
+            chains=True,
+        ),
+        "relevance": Method(
+            _relevant,
+            "kernels through which most of the outputs flows, on batches",
+            _relevances,
+            norm=SHARE,
+        ),
+        "spectral": Method(_largest, "kernels with the largest norm", _lengths, norm="spectral"),
         "l1": Method(
-            _largest, "kernels with the largest sum of absolute weights", norm="l1", gains=False
+            _largest,
+            "kernels with the largest sum of absolute weights",
+            _lengths,
+            norm="l1",
+            gains=False,
         ),
         # Reads no lengths: those of l1 cost the least.
-        "random": Method(_random, "kernels drawn at random, as a baseline", norm="l1", gains=False),
+        "random": Method(
+            _random, "kernels drawn at random, as a baseline", _draws, norm="l1", gains=False
+        ),
     }
 )

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ..channels.graph import ChannelGraph, Kind
 from .jit import inlined, jit
 from .ranking import fill_largest, kernel_scores
-from .rows import NONE, log2_ceiling, rows_of
+from .rows import NONE, Rows, log2_ceiling, rows_of
 
 
 class _Links(NamedTuple):
@@ -66,16 +66,38 @@ def complete_paths(graph: ChannelGraph, budget: int) -> tuple[NDArray[np.bool_],
     if budget <= 0:
         return keep, 0
     rows = rows_of(graph)
-    n, k = graph.num_channels, graph.num_kernels
-    # Made here, because numba takes half a second to compile `np.full`.
-    links = _Links(*(np.full(size, -1, dtype=np.int32) for size in (n, n, n, k)))
-    forward, through = np.full(n, NONE), np.full(k, NONE)
-    _forward(rows, forward, links)
-    _backward(rows, forward, np.where(graph.outputs, 0.0, NONE), through, links)
+    through, links = _through(graph, rows, complete=True)
     chains = _complete(rows, links, _descending(through, budget), keep, budget)
     if np.count_nonzero(keep) < budget:
         fill_largest(keep, graph.alive, kernel_scores(graph), budget)
     return keep, int(chains)
+
+
+def chain_scores(graph: ChannelGraph, *, complete: bool) -> NDArray[np.float64]:
+    """Length of the longest chain through every kernel over the longest of all, shape (k,).
+
+    Args:
+        graph: channels, edges and lengths.
+        complete: whether chains must lead from an input to an output, as those of `path` do; those
+            of LEAN begin and end anywhere.
+    """
+    through, _ = _through(graph, rows_of(graph), complete=complete)
+    finite = through[np.isfinite(through)]
+    return np.exp2(through - (finite.max() if len(finite) else 0.0))
+
+
+def _through(
+    graph: ChannelGraph, rows: Rows, *, complete: bool
+) -> tuple[NDArray[np.float64], _Links]:
+    """The logarithm of the longest chain through every kernel, and how these chains run."""
+    n, k = graph.num_channels, graph.num_kernels
+    # Made here, because numba takes half a second to compile `np.full`.
+    links = _Links(*(np.full(size, -1, dtype=np.int32) for size in (n, n, n, k)))
+    anywhere = NONE if complete else 0.0
+    forward, through = np.full(n, anywhere), np.full(k, NONE)
+    _forward(rows, forward, links)
+    _backward(rows, forward, np.where(graph.outputs, 0.0, anywhere), through, links)
+    return through, links
 
 
 def _descending(through: NDArray[np.float64], count: int) -> NDArray[np.int64]:

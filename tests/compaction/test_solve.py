@@ -69,13 +69,16 @@ def test_zeros_that_stay_need_nothing_to_be_read():
     assert kept(first.result.slots).tolist() == [True] * 2 + [False] * 6
 
 
-def test_a_batch_norm_keeps_what_the_convolution_before_it_is_filled_up_with():
+@pytest.mark.parametrize(("single", "count"), [(5, 32), (0, 30)])
+def test_only_where_single_kernels_are_zero_is_a_layer_filled_up(single, count):
     model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 4, 1)).eval()
     with torch.no_grad():
         model[2].weight[:, 30:] = 0
+        model[2].weight[0, :single] = 0
     slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), FOLLOW[0])
     kept = solve.solve(slots)
-    assert [int(kept(applied.result.slots).sum()) for applied in slots.applications] == [32, 32, 4]
+    found = [int(kept(applied.result.slots).sum()) for applied in slots.applications]
+    assert found == [count, count, 4]
 
 
 # What an operator without a rule reads is kept, whether or not it matters.

@@ -70,7 +70,7 @@ def with_weight(value):
         ({"method": ["lean"]}, r"method is \['lean'\]\. Pass one of lean, path"),
         ({"redundancy": "no"}, r"redundancy is 'no'\. Pass True or False"),
         ({"prune_outputs": 1}, r"prune_outputs is 1\. Pass True or False"),
-        ({"include_linear": None}, r"include_linear is None\. Pass True or False"),
+        ({"include_linear": 1}, r"include_linear is 1\. Pass True or False"),
         ({"progress": "bar"}, r"progress is 'bar'\. Pass True or False"),
         ({"norm": "l7"}, r"norm is 'l7'\. Pass one of spectral, frobenius, nuclear, l1"),
         (

@@ -1,0 +1,198 @@
+"""Units: sets of channels that can only go together, and what a network costs without some of them.
+
+Slots that are linked, or that a layer ties which computes every channel from its own, form a unit.
+Without pins, `compact` removes it as soon as masks have removed what writes and what reads it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..channels.calls import BatchNorm
+from ..masking import remove_masks
+from ..tracing.inputs import Arguments
+from ..tracing.sandbox import copied, on_cpu
+from ..tracing.tracer import Trace, trace_model
+from .attempts import fitted
+from .cut import narrow
+from .rules import FOLLOW
+from .slots import Slots
+from .solve import components
+from .verify import outputs
+from .walk import slots_of
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One application of a layer, by the units of its channels.
+
+    Attributes:
+        layer: name of the module.
+        number: how many applications of the layer came before.
+        rows, columns: the unit of every channel that it writes and reads; -1 for those that stay.
+        groups: of the layer.
+        elements: of one kernel; 0 if an application before has counted them, and for a batch norm.
+        vectors: parameters with one element for every row, 0 if counted before.
+        work: multiply-accumulates of one kernel, for one sample.
+        is_norm: whether it is a batch norm, which has no kernels.
+    """
+
+    layer: str
+    number: int
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    groups: int
+    elements: int
+    vectors: int
+    work: int
+    is_norm: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The units of a network, numbered from 0.
+
+    Attributes:
+        count: how many there are.
+        uses: all applications of layers that write or read channels, in order.
+        pinned: for layers all of whose channels stay, the operator that needs all of them.
+    """
+
+    count: int
+    uses: tuple[Use, ...]
+    pinned: Mapping[str, str]
+
+    def only(self, chosen: NDArray[np.bool_]) -> Units:
+        """Some of the units, numbered anew; the channels of the others stay."""
+        numbers = np.append(np.where(chosen, np.cumsum(chosen) - 1, -1), -1)
+        uses = [replace(u, rows=numbers[u.rows], columns=numbers[u.columns]) for u in self.uses]
+        return replace(self, count=int(chosen.sum()), uses=tuple(uses))
+
+
+@torch.no_grad()
+def units_of(model: nn.Module, trace: Trace) -> Units:
+    """The units of a model, with masks or without.
+
+    Where sizes may be written into its code, as those of views, a trial without some units shows
+    whether they are.
+    """
+    bare = model
+    if any(name.endswith("_mask") for name, _ in model.named_buffers()):
+        bare = copied(model)
+        remove_masks(bare)
+        trace = trace_model(bare, trace.arguments)
+    for follow in FOLLOW:
+        slots = slots_of(bare, trace, follow)
+        label = _labels(slots)
+        units = _units(bare, slots, label)
+        if not slots.assumed or _works(bare, units, trace.arguments):
+            return units
+    raise AssertionError("without assumptions there is nothing to try")
+
+
+def _labels(slots: Slots) -> Tensor:
+    """The unit of every slot, -1 where it stays."""
+    tied = {applied.layer for applied in slots.applications if applied.diagonal}
+    for applied in slots.applications:
+        if applied.groups > 1 and not applied.diagonal:
+            # A group goes as a whole, what it reads with what it writes.
+            ends = (applied.source.slots, applied.result.slots)
+            slots.link(*(end.reshape(applied.groups, -1)[:, 0] for end in ends))
+    component = components(slots, tied)
+    stays = torch.zeros(slots.count, dtype=torch.bool)
+    for numbers in slots.pinned:
+        stays[component[numbers]] = True
+    free = torch.unique(component[~stays[component]])
+    label = torch.full((slots.count,), -1)
+    label[free] = torch.arange(len(free))
+    return label[component]
+
+
+@on_cpu()
+def _units(bare: nn.Module, slots: Slots, label: Tensor) -> Units:
+    """What there is of a model, with a label for every slot."""
+    seen: Counter[str] = Counter()
+    uses = []
+    for applied in slots.applications:
+        module = bare.get_submodule(applied.layer)
+        first, is_norm = seen[applied.layer] == 0, isinstance(applied.call, BatchNorm)
+        matrices = [p for p in module.parameters() if p.dim() > 1 and not is_norm]
+        uses.append(
+            Use(
+                applied.layer,
+                seen[applied.layer],
+                label[applied.result.slots].numpy(),
+                label[applied.source.slots].numpy(),
+                applied.groups,
+                sum(p.shape[2:].numel() for p in matrices) * first,
+                sum(p.dim() == 1 for p in module.parameters()) * first,
+                applied.work,
+                is_norm,
+            )
+        )
+        seen[applied.layer] += 1
+    written = np.unique(
+        np.concatenate([np.zeros(0, int), *(u.rows for u in uses if not u.is_norm)])
+    )
+    count = int(label.max()) + 1 if len(label) else 0
+    units = Units(count, tuple(uses), _reasons(slots, label))
+    # What no layer writes, such as a constant of the code, is none of them.
+    return units.only(np.isin(np.arange(count), written))
+
+
+def _reasons(slots: Slots, label: Tensor) -> dict[str, str]:
+    """Why all the channels that a layer writes stay, for every layer of which they do."""
+    tied = {applied.layer for applied in slots.applications if applied.diagonal}
+    component = components(slots, tied).numpy()
+    by: dict[int, str] = {}
+    for numbers, operator in zip(slots.pinned, slots.pinned_by, strict=True):
+        for number in np.unique(component[numbers.numpy()]):
+            by.setdefault(int(number), operator)
+    found = {}
+    for applied in slots.applications:
+        places = applied.result.slots
+        if not isinstance(applied.call, BatchNorm) and bool((label[places] < 0).all()):
+            names = Counter(by.get(int(number), "") for number in component[places.numpy()])
+            found[applied.layer] = names.most_common(1)[0][0]
+    return found
+
+
+def cut(bare: nn.Module, units: Units, gone: NDArray[np.bool_], arguments: Arguments) -> nn.Module:
+    """A model without some units, True where they go.
+
+    Args:
+        bare: without masks; not changed, and what is not cut of it is shared.
+        units: of the model.
+        gone: shape (units,).
+        arguments: to run it on.
+    """
+    stays = np.append(~gone, True)
+    result = copy.deepcopy(bare, {id(t): t for t in (*bare.parameters(), *bare.buffers())})
+    for use in units.uses:
+        if use.number == 0:
+            rows, columns = (torch.from_numpy(stays[side]) for side in (use.rows, use.columns))
+            narrow(result.get_submodule(use.layer), rows, columns, use.groups)
+    return fitted(result, arguments)
+
+
+def _works(bare: nn.Module, units: Units, arguments: Arguments) -> bool:
+    """Whether a model runs without every third unit, and returns tensors of the same shapes."""
+    gone = np.arange(units.count) % 3 == 2
+    stays = np.append(~gone, True)
+    for use in units.uses:
+        for side in (use.rows, use.columns):
+            gone[side[side >= 0]] &= stays[side].any()
+    expected = outputs(bare, [arguments])
+    try:
+        found = outputs(cut(bare, units, gone, arguments), [arguments])
+    except Exception:  # whatever the code of the model raises on fewer channels
+        return False
+    return [[t.shape for t in one] for one in found] == [[t.shape for t in one] for one in expected]

@@ -1,0 +1,119 @@
+"""Whole channels: the units of compaction, and the kernels of the graph that belong to them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..channels.wiring import Block
+from ..compaction.units import Units, Use
+from .prunable import Network
+
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Units of channels that can be pruned, and the graph of the same network.
+
+    Attributes:
+        network: with its graph.
+        units: those that masks can remove.
+        blocks: the application in the graph of every use of `units`; None for batch norms.
+    """
+
+    network: Network
+    units: Units
+    blocks: tuple[Block | None, ...]
+
+    def kept_kernels(self, gone: Flags) -> Flags:
+        """Which kernels are left without some units: they write and read none that is gone."""
+        keep = self.network.graph.alive.copy()
+        stays = np.append(~gone, True)
+        for use, start, block in self._kernels():
+            columns = stays[use.columns]
+            if block.weight.columns is not None:
+                features = block.weight.columns.numpy()
+                columns = np.bincount(features, columns, minlength=block.columns) > 0
+            by_group = columns.reshape(use.groups, 1, block.columns)
+            kept = stays[use.rows].reshape(use.groups, -1, 1) & by_group
+            keep[start : start + kept.size] &= kept.reshape(-1)
+        return keep
+
+    def scores(self, kernels: NDArray[np.floating], together: np.ufunc) -> NDArray[np.float64]:
+        """The score of every unit, from those of the kernels that write it."""
+        scores = np.zeros(self.units.count + 1)
+        for use, start, block in self._kernels():
+            own = kernels[start : start + block.rows * block.columns].astype(np.float64)
+            if use.number == 0:
+                together.at(scores, use.rows, together.reduce(own.reshape(block.rows, -1), axis=1))
+        return scores[:-1]
+
+    def gone(self) -> Flags:
+        """Units that earlier masks have removed: no kernel that writes them is alive, and used."""
+        from ..selection.liveness import used_kernels  # here, because numba takes long to import
+
+        graph = self.network.graph
+        gone: Flags = self.scores(used_kernels(graph, graph.alive).astype(float), np.add) == 0
+        return gone
+
+    def _kernels(self) -> Iterator[tuple[Use, int, Block]]:
+        """Uses of prunable layers, each with its first kernel and its block."""
+        for use, block in zip(self.units.uses, self.blocks, strict=True):
+            start = -1 if block is None else int(self.network.graph.kernel_start[block.first])
+            if block is not None and start >= 0:
+                yield use, start, block
+
+
+def find_channels(network: Network, units: Units) -> Channels:
+    """The units that masks can remove.
+
+    All that writes one must be prunable. What reads it is masked as well, or must find it zero: a
+    layer that is left alone would see the constant that a sigmoid makes of a channel without
+    kernels.
+    """
+    channels = Channels(network, units, _blocks(network, units))
+    graph, left_alone = network.graph, []
+    free = np.ones(units.count + 1, dtype=bool)
+    for use, found in zip(units.uses, channels.blocks, strict=True):
+        if use.is_norm or (found is not None and graph.kernel_start[found.first] >= 0):
+            continue
+        free[use.rows] = False
+        if found is None:
+            free[use.columns] = False
+        else:
+            left_alone.append((use, found))
+    from ..selection.liveness import zero_channels  # here, because numba takes long to import
+
+    before = -1
+    while before != int(free[:-1].sum()):
+        before = int(free[:-1].sum())
+        zero = zero_channels(graph, channels.kept_kernels(free[:-1]))
+        for use, block in left_alone:
+            free[use.columns[~zero[_sources(network, use, block)]]] = False
+    units = units.only(free[:-1])
+    return replace(channels, units=units)
+
+
+def _blocks(network: Network, units: Units) -> tuple[Block | None, ...]:
+    """The block of every use: that of the same layer, the first of the first, and so on."""
+    known: defaultdict[str, list[Block]] = defaultdict(list)
+    for block in network.blocks:
+        known[block.weight.layer_name].append(block)
+    found: list[Block | None] = []
+    for use in units.uses:
+        own = [] if use.is_norm else known[use.layer][use.number : use.number + 1]
+        found.append(own[0] if own and own[0].rows == len(use.rows) else None)
+    return tuple(found)
+
+
+def _sources(network: Network, use: Use, block: Block) -> NDArray[np.int32]:
+    """The channel of the graph that stands at every column of a use."""
+    graph, height = network.graph, block.rows // use.groups
+    firsts = graph.source_start[block.first : block.first + block.rows : height]
+    sources = np.concatenate([graph.sources[first : first + block.columns] for first in firsts])
+    return sources if block.weight.columns is None else sources[block.weight.columns.numpy()]

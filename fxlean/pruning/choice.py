@@ -1,0 +1,125 @@
+"""What to keep of a network: kernels one by one or whole channels, within a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from ..channels.graph import ChannelGraph
+from ..compaction.attempts import compact
+from ..compaction.units import cut, units_of
+from ..costs import layer_costs
+from ..masking import remove_masks
+from ..selection.methods import Method
+from ..tracing.sandbox import copied
+from ..tracing.tracer import Trace
+from .channels import Channels, Flags, find_channels
+from .masks import apply_masks, parameter_masks
+from .prunable import Network
+from .targets import Target, kernels_within, unit_costs, units_within
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        keep: shape (kernels,), True for kernels that survive.
+        chains: how many chains were extracted.
+        left, pinned: see `PruneResult`.
+    """
+
+    keep: Flags
+    chains: int = 0
+    left: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    pinned: Mapping[str, str] = field(default_factory=dict)
+
+
+def choose_kernels(
+    model: nn.Module,
+    trace: Trace,
+    network: Network,
+    graph: ChannelGraph,
+    method: Method,
+    generator: np.random.Generator,
+    target: Target,
+) -> Choice:
+    """Kernels one by one.
+
+    Args:
+        model: not changed.
+        trace: of the model.
+        network: what there is to prune.
+        graph: of the network, with lengths.
+        method: how to choose.
+        generator: for a method that draws.
+        target: what is to be left.
+    """
+    from ..selection.liveness import zero_channels  # here, because numba takes long to import
+
+    def compacted(keep: Flags) -> nn.Module:
+        pruned = copied(model)
+        zero = zero_channels(network.graph, keep)
+        masks = parameter_masks(pruned, network, keep, zero, zero)
+        apply_masks(pruned, masks, trace.called)
+        return compact(pruned, trace.arguments)
+
+    costs = () if target.of == "kernels" else layer_costs(model, trace)
+    measured = _measured(model, target, compacted)
+    return Choice(*kernels_within(network, graph, costs, method, generator, target, measured))
+
+
+def choose_channels(
+    model: nn.Module,
+    trace: Trace,
+    network: Network,
+    graph: ChannelGraph,
+    method: Method,
+    generator: np.random.Generator,
+    target: Target,
+) -> Choice:
+    """Whole channels; the arguments are those of `choose_kernels`."""
+    channels = find_channels(network, units_of(model, trace))
+    together = np.maximum if method.chains else np.add
+    scores = channels.scores(method.scores(graph, generator), together)
+    totals = {
+        "kernels": graph.num_kernels,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "macs": sum(cost.macs for cost in layer_costs(model, trace)),
+    }
+
+    def without(gone: Flags) -> nn.Module:
+        bare = copied(model)
+        remove_masks(bare)
+        return cut(bare, channels.units, gone, trace.arguments)
+
+    measured = _measured(model, target, without)
+    gone = units_within(channels, scores, target, totals, measured)
+    left = {name: _left(channels, name, gone, totals[name]) for name in ("parameters", "macs")}
+    return Choice(channels.kept_kernels(gone), 0, left, channels.units.pinned)
+
+
+def _left(channels: Channels, of: str, gone: Flags, total: int) -> tuple[int, int]:
+    """What the network costs without some units, and with all of them."""
+    costs = unit_costs(channels, of, {})
+    return round(total - costs.total(np.zeros_like(gone)) + costs.total(gone)), total
+
+
+def _measured(
+    model: nn.Module, target: Target, built: Callable[[Flags], nn.Module]
+) -> Callable[[Flags], float]:
+    """A function of what is kept or gone: which fraction is left of what the target measures.
+
+    The whole model is measured just before or after, as machines do other things as well.
+    """
+    whole = copied(model)
+    remove_masks(whole)
+
+    def fraction(flags: Flags) -> float:
+        assert callable(target.of)
+        return target.of(built(flags)) / target.of(whole)
+
+    return fraction

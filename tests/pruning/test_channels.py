@@ -1,0 +1,242 @@
+"""Whole channels and targets: what was promised is what `compact` leaves."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import fxlean
+from fxlean.nn import Selected
+from fxlean.selection.methods import METHODS
+from tests.support.blocks import conv_bn, conv_bn_relu, residual
+from tests.support.strategies import networks
+from tests.support.zoo import ZOO, make
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::fxlean.PruneWarning",
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning",
+)
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return [leaf.clone() for leaf in tree_leaves(model(*inputs))]
+
+
+def check_promise(model, inputs, ratio, of, **options):
+    """Prunes whole channels as far as possible, and holds `compact` to what was promised."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        result = fxlean.prune(model, ratio, inputs, granularity="channel", of=of, **options)
+    except fxlean.ArgumentError as err:
+        if "no convolution to prune" in str(err):
+            return None
+        assert before.keys() == model.state_dict().keys()
+        assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+        least = float(str(err).split("Pass a ratio of at least ")[1].split(",")[0])
+        result = fxlean.prune(model, least, inputs, granularity="channel", of=of, **options)
+        ratio = least
+    if of == "kernels":
+        assert result.ratio <= ratio
+    else:
+        assert result.left[of][0] <= ratio * result.left[of][1]
+    expected = run(model, inputs)
+    small = fxlean.compact(model, inputs)
+    for leaf, other in zip(run(small, inputs), expected, strict=True):
+        torch.testing.assert_close(leaf, other, rtol=1e-4, atol=1e-4)
+    report = fxlean.report(small, inputs)
+    found = {"parameters": report.parameters, "macs": report.macs}
+    promised = {name: left for name, (left, _) in result.left.items()}
+    if any(name.endswith("_mask") for name in before):
+        # Where single kernels were pruned earlier, more can turn out to be dead.
+        assert all(found[name] <= promised[name] for name in found)
+    else:
+        assert found == promised
+    assert not any(isinstance(module, Selected) for module in small.modules())
+    return result
+
+
+@pytest.mark.parametrize("of", ["macs", "parameters", "kernels"])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_compaction_leaves_what_was_promised(name, of):
+    model, inputs = make(name)
+    check_promise(model, inputs, 0.5, of, method="l1")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("name", ["residual", "u_net", "grouped", "squeeze_excite", "concat"])
+def test_every_method_prunes_whole_channels(name, method):
+    model, inputs = make(name)
+    assert check_promise(model, inputs, 0.6, "macs", method=method) is not None
+
+
+@settings(max_examples=15, deadline=None)
+@given(networks(), st.sampled_from([0.7, 0.4]))
+def test_promises_to_random_networks_are_kept(network, ratio):
+    model, inputs = network
+    check_promise(model, inputs, ratio, "parameters", method="l1")
+
+
+def stages(width=32):
+    """Two residual stages and a classifier."""
+    body = [nn.Sequential(conv_bn_relu(width, width), conv_bn(width, width)) for _ in range(2)]
+    return nn.Sequential(
+        conv_bn_relu(3, width),
+        *map(residual, body),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 7),
+    ).eval()
+
+
+X = torch.zeros(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("of", ["macs", "parameters", "kernels"])
+def test_targets_are_met_within_a_percent(of):
+    torch.manual_seed(0)
+    model = stages(64)
+    result = fxlean.prune(model, 0.4, X, granularity="channel", of=of, method="l1")
+    left = result.ratio if of == "kernels" else result.left[of][0] / result.left[of][1]
+    assert 0.39 < left <= 0.4
+
+
+def test_step_by_step_is_no_less_than_the_target_and_earlier_channels_stay_away():
+    torch.manual_seed(0)
+    model = stages()
+    options = {"granularity": "channel", "of": "macs", "method": "l1"}
+    masks: dict[str, torch.Tensor] = {}
+    for step, result in enumerate(fxlean.iterate(model, 0.2, 3, X, **options), 1):
+        assert result.left["macs"][0] <= 0.2 ** (step / 3) * result.left["macs"][1]
+        now = {name: b.clone() for name, b in model.named_buffers() if name.endswith("_mask")}
+        for name, mask in masks.items():
+            assert not (now[name].bool() & ~mask.bool()).any()
+        masks = now
+    report = fxlean.report(fxlean.compact(model, X), X)
+    assert report.macs == result.left["macs"][0]
+
+
+def widths(model):
+    """Channels that each layer of a model writes."""
+    return {
+        name: getattr(module, "out_channels", getattr(module, "out_features", 0))
+        for name, module in model.named_modules()
+        if isinstance(module, LAYERS)
+    }
+
+
+def test_numbers_of_channels_are_multiples():
+    torch.manual_seed(0)
+    model = stages()
+    fxlean.prune(model, 0.5, X, granularity="channel", of="macs", method="l1", round_to=8)
+    found = widths(fxlean.compact(model, X))
+    assert {count % 8 for count in list(found.values())[:-1]} == {0}
+    assert min(found.values()) < 32
+
+
+@pytest.mark.parametrize("least", [0.75, {"1.*": 0.75}, {nn.Conv2d: 0.75}])
+def test_layers_keep_at_least_a_fraction(least):
+    torch.manual_seed(0)
+    model = stages()
+    inside = {"1.function.0.0", "1.function.1.0"} if least == {"1.*": 0.75} else None
+    fxlean.prune(model, 0.6, X, granularity="channel", of="macs", method="random", at_least=least)
+    found = widths(fxlean.compact(model, X))
+    for name, count in list(found.items())[:-1]:
+        if inside is None or name in inside:
+            assert count >= 24
+
+
+def test_linear_layers_belong_to_channels_unless_switched_off():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.extend([nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 5)])
+    with_linear, without = copy.deepcopy(model), copy.deepcopy(model)
+    options = {"granularity": "channel", "of": "parameters", "method": "l1"}
+    fxlean.prune(with_linear, 0.6, X, at_least={"0": 1.0}, **options)
+    assert fxlean.compact(with_linear, X)[3].out_features < 64
+    fxlean.prune(without, 0.9, X, include_linear=False, **options)
+    assert fxlean.compact(without, X)[3].out_features == 64
+
+
+def test_what_reads_a_constant_and_is_left_alone_keeps_it():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 2, 1)).eval()
+    with pytest.raises(fxlean.ArgumentError, match="all channels are gone that may go"):
+        fxlean.prune(model, 0.5, X, granularity="channel", of="macs")
+    model = nn.Sequential(*model[:2], nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)).eval()
+    check_promise(model, (X,), 0.4, "macs", method="l1")
+
+
+def test_any_measure_can_be_the_target():
+    torch.manual_seed(0)
+    model = stages()
+    seen = []
+
+    def size(candidate):
+        seen.append(candidate)
+        return sum(parameter.numel() for parameter in candidate.parameters())
+
+    for granularity in ("channel", "kernel"):
+        pruned = copy.deepcopy(model)
+        result = fxlean.prune(pruned, 0.5, X, granularity=granularity, of=size, method="l1")
+        left = size(fxlean.compact(pruned, X)) / size(model)
+        assert left <= 0.5
+        if granularity == "channel":
+            assert left > 0.45
+            assert result.left["parameters"][0] == size(fxlean.compact(pruned, X))
+    assert not any(isinstance(m, nn.utils.prune.BasePruningMethod) for m in model.modules())
+
+
+def test_latency_is_measured():
+    torch.manual_seed(0)
+    model = stages(128)
+    x = torch.zeros(1, 3, 64, 64)
+    result = fxlean.prune(model, 0.6, x, granularity="channel", of="latency", method="l1")
+    assert result.left["macs"][0] < result.left["macs"][1]
+
+
+@pytest.mark.parametrize("of", ["macs", "parameters"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_single_kernels_are_counted_by_what_they_cost(method, of):
+    torch.manual_seed(0)
+    model = nn.Sequential(conv_bn_relu(3, 8), conv_bn_relu(8, 16, stride=2), conv_bn(16, 4)).eval()
+    fxlean.prune(model, 0.5, X, of=of, method=method, prune_outputs=True, redundancy=False)
+    report = fxlean.report(model, X)
+    left = sum(getattr(row, f"{of}_left") for row in report.layers)
+    total = sum(getattr(row, of) for row in report.layers)
+    assert left <= 0.5 * total
+    if method not in ("lean", "path", "relevance"):
+        assert left > 0.45 * total
+
+
+def test_single_kernels_keep_a_fraction_of_every_layer():
+    torch.manual_seed(0)
+    model = stages()
+    result = fxlean.prune(model, 0.3, X, method="l1", at_least=0.25, redundancy=False)
+    assert min(layer.kept / layer.total for layer in result.layers) >= 0.25
+    assert result.kept == int(0.3 * result.total)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"granularity": "layer"}, "granularity is 'layer'. Pass one of kernel, channel"),
+        ({"of": "flops"}, "of is 'flops'. Pass one of kernels, parameters, macs, latency, or a"),
+        ({"at_least": 2}, "at_least is 2. Pass the fraction"),
+        ({"at_least": {"0": "x"}}, "at_least is {'0': 'x'}. Pass the fraction"),
+        ({"at_least": {"nope": 0.5}}, "ignore entries match nothing|match nothing"),
+        ({"round_to": 0}, "round_to is 0. Pass a whole number"),
+        ({"round_to": 8}, "single kernels are pruned"),
+        ({"of": "macs", "granularity": "channel", "at_least": 1.0}, "100.0% of the macs stay"),
+    ],
+)
+def test_bad_targets_are_refused(options, message):
+    model = stages()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(fxlean.ArgumentError, match=message):
+        fxlean.prune(model, 0.5, X, **options)
+    assert before.keys() == model.state_dict().keys()
