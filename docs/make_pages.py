@@ -14,7 +14,9 @@ PACKAGE = DOCS.parent / "fxlean"
 # Ground floor first: a module imports only from those before it. A test holds that.
 FLOORS = """
 errors
+pictures
 nn
+masking
 tracing: leaves snapshot sandbox arguments inputs functions hooks rehearsal witness tracer
 norms: suprema operator
 channels: graph flow calls weights builder wiring site
@@ -24,11 +26,14 @@ calibration: moments contributions noise batches running shares elements least_s
 calibration: side_by_side corrections reference repair_result repair_model statistics distillation
 selection: jit rows ranking liveness chains paths relevance methods channels
 costs
+checkpoint: layout
 compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer
 compaction: verify attempts units
+checkpoint: packing rebuild reading files
 pruning: prunable lengths masks progress ranks result channels latency targets options choice
-pruning: prune_model rounds shrinking
+pruning: prune_model schedules rounds shrinking
+lightning
 """
 BEGIN, END = "<!-- modules -->\n", "<!-- /modules -->\n"
 

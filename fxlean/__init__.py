@@ -8,6 +8,7 @@ from .calibration.repair_result import RepairResult
 from .channels import rules
 from .channels.graph import ChannelGraph
 from .channels.rules import register
+from .checkpoint.files import load, save
 from .compaction.attempts import compact
 from .costs import Report, report
 from .errors import (
@@ -22,6 +23,7 @@ from .norms.operator import operator_norms
 from .pruning.prune_model import prune, trace
 from .pruning.result import PruneResult
 from .pruning.rounds import iterate
+from .pruning.schedules import schedule
 from .pruning.shrinking import shrink
 
 # The path that `register` documents, wherever the rules lie.
@@ -41,12 +43,15 @@ __all__ = [
     "compact",
     "distill",
     "iterate",
+    "load",
     "operator_norms",
     "prune",
     "register",
     "repair",
     "report",
     "rules",
+    "save",
+    "schedule",
     "shrink",
     "trace",
 ]

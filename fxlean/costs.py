@@ -16,6 +16,7 @@ from .channels.calls import Convolution, Linear, nonzero_kernels, read_call
 from .channels.rules.movements import moves
 from .channels.weights import Constants, layer_name
 from .errors import ArgumentError
+from .pictures import bars, html_table
 from .tracing.arguments import check_model, unwrapped
 from .tracing.tracer import Piece, Trace, trace_model
 
@@ -88,11 +89,48 @@ class Report:
         before = None if self.before is None else self.before.to_dict()
         return asdict(self) | {"layers": rows, "before": before} | totals | left
 
+    def __repr__(self) -> str:
+        return (
+            f"Report({self.parameters:,} parameters, {self.parameters_left:,} of them not zero; "
+            f"{self.macs:,} MACs in {len(self.layers)} layers)"
+        )
+
+    def plot(self) -> Any:
+        """A matplotlib figure: parameters and multiply-accumulates of each layer, and what is left.
+
+        With `before`, its layers stand behind those of now.
+        """
+        rows, suffix = self._rows(), "_left" if self.before is None else ""
+        panels = {
+            title: (
+                [_count(old, name) for _, old, _ in rows],
+                [_count(new, f"{name}{suffix}") for _, _, new in rows],
+            )
+            for name, title in COUNTS.items()
+            if name != "kernels"
+        }
+        return bars([name for name, _, _ in rows], panels)
+
+    def _rows(self) -> list[tuple[str, LayerCost | None, LayerCost | None]]:
+        """Name, cost before and cost now of each layer."""
+        old = {row.name: row for row in (self.before or self).layers}
+        new = {row.name: row for row in self.layers}
+        return [(name, old.get(name), new.get(name)) for name in old | new]
+
+    def _repr_html_(self) -> str:
+        marks = ("", " left") if self.before is None else (" before", " now")
+        heading = [f"{title}{mark}" for title in COUNTS.values() for mark in marks]
+        first, suffix = (self, "_left") if self.before is None else (self.before, "")
+        cells = []
+        for name, old, new in [*self._rows(), ("all", first, self)]:
+            pairs = zip(_numbers(old), _numbers(new, suffix), strict=True)
+            cells.append((name, *(cell for pair in pairs for cell in pair)))
+        return html_table(("layer", *heading), cells)
+
     def __str__(self) -> str:
         first, suffix = (self, "_left") if self.before is None else (self.before, "")
-        old = {row.name: row for row in first.layers}
-        new = {row.name: row for row in self.layers}
-        width = max(len(name) for name in ("layer", *old, *new))
+        rows = self._rows()
+        width = max(len(name) for name in ("layer", *(name for name, _, _ in rows)))
         titles = COUNTS.values()
         if self.before is None:
             lines = [_line("layer", titles, ["left"] * 3, width)]
@@ -100,8 +138,7 @@ class Report:
             lines = [_line("", [""] * 3, titles, width)]
             lines += [_line("layer", ["before"] * 3, ["now"] * 3, width)]
         lines += [
-            _line(name, _numbers(old.get(name)), _numbers(new.get(name), suffix), width)
-            for name in old | new
+            _line(name, _numbers(old), _numbers(new, suffix), width) for name, old, new in rows
         ]
         total = _line("all", _numbers(first), _numbers(self, suffix), width)
         lines += ["-" * len(total), total]
@@ -239,6 +276,11 @@ def _parameters(model: nn.Module) -> tuple[int, int]:
         total += parameter.numel()
         left += int(alive.sum())
     return total, left
+
+
+def _count(cost: LayerCost | None, name: str) -> int:
+    """One of the counts of a layer, 0 where it is not there."""
+    return 0 if cost is None else int(getattr(cost, name))
 
 
 def _numbers(cost: LayerCost | Report | None, suffix: str = "") -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +18,32 @@ class Selected(nn.Module):
         reads: the channels that it reads, or None for all.
         places: where its results go, or None where they are all there is.
         channels: number of channels of the result; the others are zero.
+        dim: along which the layer has its channels.
     """
 
-    reads: Tensor | None
-    places: Tensor | None
+    if TYPE_CHECKING:  # TorchScript does not understand annotations as strings
+        reads: Tensor | None
+        places: Tensor | None
 
     def __init__(
         self, layer: nn.Module, reads: Tensor | None, places: Tensor | None, channels: int
     ) -> None:
         super().__init__()
         self.layer, self.channels = layer, channels
+        self.dim = -1 if isinstance(layer, nn.Linear) else 1
         self.register_buffer("reads", reads)
         self.register_buffer("places", places)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's result, between the selection and the placement."""
-        dim = -1 if isinstance(self.layer, nn.Linear) else 1
         if self.reads is not None:
-            x = x.index_select(dim, self.reads)
-        x = self.layer(x)
-        if self.places is None:
-            return x
-        shape = list(x.shape)
-        shape[dim] = self.channels
-        return x.new_zeros(shape).index_copy_(dim, self.places, x)
+            x = x.index_select(self.dim, self.reads)
+        result: Tensor = self.layer(x)
+        if self.places is not None:
+            shape = list(result.shape)
+            shape[self.dim] = self.channels
+            result = result.new_zeros(shape).index_copy_(self.dim, self.places, result)
+        return result
 
     def extra_repr(self) -> str:
         """How many channels are read and written."""

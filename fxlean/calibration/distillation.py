@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import ArgumentError
+from ..masking import refresh_masks
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments, call
 from .batches import read_batches
 from .elements import put_back, saved
-from .reference import floats_of, outputs_of, refresh_masks
+from .reference import floats_of, outputs_of
 from .repair_model import DELAY
 from .statistics import batch_norms_training, measure_statistics
 

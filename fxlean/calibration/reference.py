@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
-from ..nn import RefreshMasks
+from ..masking import masked, remove_masks
 from ..tracing.arguments import public_name
 from ..tracing.inputs import Arguments, call
 from ..tracing.leaves import tensors_in
@@ -26,7 +25,7 @@ def is_unpruned(model: nn.Module) -> bool:
     It is if it has no masks, or if nothing but masks has changed since `prune` put them on: no
     training, no repair, no loading, not even of statistics.
     """
-    if not any(True for _ in _masked(model)):
+    if not any(True for _ in masked(model)):
         return True
     return getattr(model, ATTRIBUTE, None) == fingerprint(model)
 
@@ -40,7 +39,7 @@ def remember(model: nn.Module, unpruned: int | None) -> None:
 
 def fingerprint(model: nn.Module) -> int:
     """A number that changes with any parameter or buffer, but not with masks."""
-    masks = {f"{path}{name}_mask" for path, _, name in _masked(model)}
+    masks = {f"{path}{name}_mask" for path, _, name in masked(model)}
     tensors = [*model.named_parameters(), *model.named_buffers()]
     sums = [(public_name(name), _checksum(t)) for name, t in tensors if name not in masks]
     return zlib.crc32(repr(sorted(sums)).encode())
@@ -60,25 +59,8 @@ def _checksum(tensor: Tensor) -> int:
 def without_masks(model: nn.Module) -> nn.Module:
     """A copy of a model with all masks taken off, so that masked elements are what they were."""
     result = copied(model)
-    for _, module, name in list(_masked(result)):
-        parameter = module._parameters.pop(f"{name}_orig")
-        del module._buffers[f"{name}_mask"]
-        vars(module).pop(name, None)
-        setattr(module, name, parameter)
-    for module in result.modules():
-        for number, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, prune.BasePruningMethod | RefreshMasks):
-                del module._forward_pre_hooks[number]
+    remove_masks(result, permanent=False)
     return result
-
-
-def refresh_masks(model: nn.Module) -> None:
-    """Bring the masked weights up to date, which are computed before every forward pass."""
-    with torch.no_grad():
-        for module in model.modules():
-            for hook in module._forward_pre_hooks.values():
-                if isinstance(hook, prune.BasePruningMethod):
-                    hook(module, ())
 
 
 def outputs_of(model: nn.Module, batches: Iterable[Arguments]) -> list[list[Tensor]]:
@@ -90,11 +72,3 @@ def outputs_of(model: nn.Module, batches: Iterable[Arguments]) -> list[list[Tens
 def floats_of(result: Any) -> list[Tensor]:
     """The floating-point tensors in what a model returns."""
     return [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
-
-
-def _masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Path, module and name of every masked parameter."""
-    for path, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, prune.BasePruningMethod):
-                yield f"{path}." if path else "", module, hook._tensor_name

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import ArgumentError
+from ..masking import refresh_masks
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import tensors_in
@@ -28,7 +29,7 @@ from .corrections import (
 )
 from .elements import SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
-from .reference import is_unpruned, outputs_of, refresh_masks, without_masks
+from .reference import is_unpruned, outputs_of, without_masks
 from .repair_result import RepairResult
 from .running import Known
 from .side_by_side import opened

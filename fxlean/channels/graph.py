@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..errors import ArgumentError
+from ..pictures import drawing, html_table
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -47,6 +50,16 @@ class Layer:
         return slice(self.start, self.start + self.rows * self.columns)
 
 
+@dataclass(frozen=True)
+class Call:
+    """One use of a weight, prunable or not, which makes channels `first` to `first + count - 1`."""
+
+    layer: str
+    parameter: str
+    first: int
+    count: int
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """Channels and edges of a network; n channels, k kernels.
@@ -68,6 +81,7 @@ class ChannelGraph:
             because they share a bias or a batch norm.
         alive: shape (k,), False for kernels that were pruned earlier.
         layers: the prunable weights, in the order of their kernels.
+        calls: which channels are made by which weight, in their order.
     """
 
     kinds: NDArray[np.uint8]
@@ -82,6 +96,7 @@ class ChannelGraph:
     ties: NDArray[np.int32]
     alive: NDArray[np.bool_]
     layers: tuple[Layer, ...] = ()
+    calls: tuple[Call, ...] = ()
 
     @property
     def num_channels(self) -> int:
@@ -104,15 +119,67 @@ class ChannelGraph:
             f"{self.num_kernels:,} prunable kernels in {len(self.layers)} layers)"
         )
 
+    def names(self) -> list[str]:
+        """A name for each channel: "conv1[3]" is output 3 of a layer, "sum 17" what adds up."""
+        found = [f"{Kind(kind).name.lower()} {c}" for c, kind in enumerate(self.kinds)]
+        for call in self.calls:
+            found[call.first : call.first + call.count] = [
+                f"{call.layer}[{row}]" for row in range(call.count)
+            ]
+        return found
+
+    def kernels(self) -> NDArray[np.int64]:
+        """The kernel of every edge, in the order of `edges`; -1 for fixed edges."""
+        starts = np.repeat(self.kernel_start, self.sizes)
+        kernels: NDArray[np.int64] = np.where(starts < 0, -1, starts + self._within())
+        return kernels
+
+    def kernel(self, number: int) -> tuple[str, int, int]:
+        """Layer, output channel, and input channel (of its group) of a kernel."""
+        for layer in self.layers:
+            if number in range(*layer.kernels.indices(self.num_kernels)):
+                return layer.name, *divmod(number - layer.start, layer.columns)
+        raise ArgumentError(f"kernel {number} is none of {self.num_kernels}, counted from 0.")
+
+    def plot(self, keep: NDArray[np.bool_] | None = None) -> Any:
+        """A matplotlib figure of a small graph: channels, edges by length, kept ones in colour.
+
+        Args:
+            keep: shape (k,), True for kernels in colour, such as those on chains; by default all
+                that are alive.
+
+        Raises:
+            ArgumentError: the graph is too large to be looked at.
+        """
+        kernels = self.kernels()
+        kept = np.append(self.alive if keep is None else keep, False)[kernels]
+        return drawing(self.kinds, self.edges(), kept, kernels < 0, self.names())
+
+    def _repr_html_(self) -> str:
+        heading = ("layer", "outputs", "inputs", "kernels", "alive")
+        rows = [
+            (
+                layer.name,
+                *(f"{n:,}" for n in (layer.rows, layer.columns, layer.rows * layer.columns)),
+                f"{int(self.alive[layer.kernels].sum()):,}",
+            )
+            for layer in self.layers
+        ]
+        return html_table(heading, rows, [repr(self)])
+
+    def _within(self) -> NDArray[np.int64]:
+        """The number of every edge in its row."""
+        starts = np.repeat(np.cumsum(self.sizes) - self.sizes, self.sizes)
+        within: NDArray[np.int64] = np.arange(self.num_edges) - starts
+        return within
+
     def with_lengths(self, lengths: NDArray[np.float32]) -> ChannelGraph:
         """The same wiring with other edge lengths."""
         return replace(self, lengths=lengths)
 
     def edges(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
         """Source, target and length of every edge, each of shape (num_edges,), row by row."""
-        within = np.arange(self.num_edges) - np.repeat(
-            np.cumsum(self.sizes) - self.sizes, self.sizes
-        )
+        within = self._within()
         targets = np.repeat(np.arange(self.num_channels, dtype=np.int32), self.sizes)
         sources = self.sources[self.source_start[targets] + within]
         return sources, targets, self.lengths[self.length_start[targets] + within]

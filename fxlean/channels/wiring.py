@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from .builder import CONSTANT, ZERO, Affine, Bias
 from .calls import BatchNorm, Convolution, Linear
 from .flow import Flow, distinct, make_flow, meet, reduce_to, scalar_gain
-from .graph import ChannelGraph, Kind, Layer
+from .graph import Call, ChannelGraph, Kind, Layer
 from .weights import Weight
 
 
@@ -40,6 +40,12 @@ class Block:
     gain_in: NDArray[np.float64]
     gain_out: NDArray[np.float64]
     biased: bool = False
+
+    def call(self) -> Call:
+        """Which channels it makes, and with which weight."""
+        weight = self.weight
+        parameter = weight.origin.parameter if weight.origin else weight.name
+        return Call(weight.layer_name, parameter, self.first, self.rows)
 
 
 @dataclass(eq=False)
@@ -276,6 +282,7 @@ class Wiring:
             ties=self._ties(),
             alive=~pruned.numpy(),
             layers=tuple(layers),
+            calls=tuple(block.call() for block in self.blocks),
         )
 
     def _ties(self) -> NDArray[np.int32]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import prune
 
+from ..checkpoint.layout import note_dense
 from ..errors import CompactionError, CompactionWarning, warn
-from ..nn import RefreshMasks
+from ..masking import remove_masks
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
@@ -62,12 +62,14 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     model = unwrapped(model)
     bare = copied(model)
     remove_masks(bare)
+    dense = bare
     trace = trace_model(bare, example_inputs)
     inputs = inputs_to_compare(trace.arguments)
     check = Check(model, bare, inputs)
     while True:
         smaller = _smallest(bare, trace, check)
         if _grouped(smaller) >= _grouped(bare):
+            note_dense(dense, smaller)
             return smaller
         # Within its one group that is left, a layer can be cut further.
         bare, trace = smaller, trace_model(smaller, inputs[0])
@@ -231,13 +233,3 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for name, child in parent._modules.items():
             if child is old and parent is not new:
                 parent._modules[name] = new
-
-
-def remove_masks(model: nn.Module) -> None:
-    """Make the masks of `torch.nn.utils.prune` permanent, in place."""
-    for module in model.modules():
-        for number, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
-            elif isinstance(hook, RefreshMasks):
-                del module._forward_pre_hooks[number]

@@ -31,7 +31,7 @@ def fold(model: nn.Module, trace: Trace) -> bool:
     found = False
     for names in pairs:
         conv, norm = (cast(Any, model.get_submodule(name)) for name in names)
-        rest = _without_norm(norm)
+        rest = without_norm(norm)
         if any(uses[name] > 1 for name in names) or rest is None:
             continue
         fused = fuse_conv_bn_eval(conv, norm, conv.transposed)
@@ -55,7 +55,7 @@ def _pairs(piece: Piece, owners: dict[str, str]) -> Iterator[tuple[str, str]]:
                     yield names
 
 
-def _without_norm(norm: nn.Module) -> nn.Module | None:
+def without_norm(norm: nn.Module) -> nn.Module | None:
     """What a batch norm does besides: nothing, or the activation of a subclass; None if unknown."""
     if type(norm) in NORMS:
         return nn.Identity()

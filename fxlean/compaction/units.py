@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..channels.calls import BatchNorm
+from ..masking import remove_masks
 from ..tracing.inputs import Arguments
 from ..tracing.sandbox import copied, on_cpu
 from ..tracing.tracer import Trace, trace_model
-from .attempts import fitted, remove_masks
+from .attempts import fitted
 from .cut import count_groups, narrow, narrow_parameter
 from .rules import FOLLOW
 from .slots import Slots

@@ -9,9 +9,10 @@ import numpy as np
 from torch import nn
 
 from ..channels.graph import ChannelGraph
-from ..compaction.attempts import compact, remove_masks
+from ..compaction.attempts import compact
 from ..compaction.units import cut, units_of
 from ..costs import layer_costs
+from ..masking import remove_masks
 from ..selection.methods import Method
 from ..tracing.sandbox import copied
 from ..tracing.tracer import Trace
@@ -61,7 +62,8 @@ def choose_kernels(
 
     def compacted(keep: Flags) -> nn.Module:
         pruned = copied(model)
-        masks = parameter_masks(pruned, network, keep, zero_channels(network.graph, keep))
+        zero = zero_channels(network.graph, keep)
+        masks = parameter_masks(pruned, network, keep, zero, zero)
         apply_masks(pruned, masks, trace.called)
         return compact(pruned, trace.arguments)
 

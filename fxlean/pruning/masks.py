@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from ..channels.weights import Weight
-from ..nn import RefreshMasks
+from ..masking import put_mask, refresh_from
 from ..tracing.sandbox import on_cpu, untouched
 from .prunable import Network
 
@@ -24,14 +21,19 @@ def parameter_masks(
     network: Network,
     keep: NDArray[np.bool_],
     zero: NDArray[np.bool_],
+    maskable: NDArray[np.bool_],
 ) -> dict[str, Tensor]:
-    """Masks by parameter name, True where an element survives; only those that mask anything.
+    """Masks by parameter name, True where an element survives.
+
+    Which parameters have one does not depend on what is kept, so that neither names nor the state
+    of optimizers change from one call to the next.
 
     Args:
         model: whose parameters they are.
         network: what pruning knows of it.
         keep: shape (kernels,), True for kernels that survive.
         zero: shape (channels,), True for channels whose biases and batch norms are dropped.
+        maskable: shape (channels,), True for channels that are zero if no kernel is kept.
     """
     parameters = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}
@@ -43,17 +45,15 @@ def parameter_masks(
 
     for layer, weight in zip(network.graph.layers, network.weights, strict=True):
         kept = torch.from_numpy(keep[layer.kernels].reshape(layer.rows, layer.columns))
-        if not kept.all():
-            assert weight.origin is not None
-            mask = mask_of(weight.origin.parameter)
-            _mask_kernels(mask, weight, kept)
-            if weight.scale is not None:
-                _mask_scales(mask, mask_of(weight.scale.parameter), weight)
-    dead = torch.from_numpy(zero)
+        assert weight.origin is not None
+        mask = mask_of(weight.origin.parameter)
+        _mask_kernels(mask, weight, kept)
+        if weight.scale is not None:
+            _mask_scales(mask, mask_of(weight.scale.parameter), weight)
+    dead, ever_dead = torch.from_numpy(zero), torch.from_numpy(maskable | zero)
     for name, index, ids in network.biases:
-        dropped = index[dead[ids]]
-        if len(dropped):
-            mask_of(name).view(-1)[dropped] = False
+        if ever_dead[ids].any():
+            mask_of(name).view(-1)[index[dead[ids]]] = False
     return masks
 
 
@@ -95,44 +95,17 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], called: frozenset
             holders.setdefault(id(parameter), []).append((path, name))
     # Without gradients the masked weights can be deep-copied; the next forward pass renews them.
     with untouched(model, always=False), torch.no_grad():
-        for key, mask in masks.items():
+        for key in [key for key in parameters if key in masks]:  # names in the same order always
             for path, name in holders[id(parameters[key])]:
-                _apply(model.get_submodule(path), name, mask)
+                put_mask(model.get_submodule(path), name, masks[key])
                 if path not in called:
                     _refresh_from_caller(model, path, called)
-
-
-def _apply(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Mask one parameter; a mask that is there is narrowed, not wrapped once more."""
-    plain = name.removesuffix("_orig")
-    existing = getattr(module, f"{plain}_mask", None)
-    if name != plain and existing is not None:
-        module._buffers[f"{plain}_mask"] = existing * mask.to(existing.device, existing.dtype)
-        _masking_hook(module, plain)[1](module, ())
-        return
-    prune.custom_from_mask(module, name, mask.to(getattr(module, name).device))
-    # A weight norm of the same parameter must find it masked when its own hook runs.
-    hooks: OrderedDict[int, Any] = module._forward_pre_hooks  # type: ignore[assignment]
-    hooks.move_to_end(_masking_hook(module, name)[0], last=False)
-
-
-def _masking_hook(module: nn.Module, name: str) -> tuple[int, Any]:
-    """The pruning hook of a parameter, with its number among the module's hooks."""
-    return next(
-        (number, hook)
-        for number, hook in module._forward_pre_hooks.items()
-        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name
-    )
 
 
 def _refresh_from_caller(model: nn.Module, path: str, called: frozenset[str]) -> None:
     """Let the closest module that is called apply the masks of one that is not."""
     caller = next(parent for parent in _parents(path) if parent in called or parent == "")
-    module = model.get_submodule(caller)
-    below = path[len(caller) :].lstrip(".")
-    known = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, RefreshMasks)]
-    if below not in [hook.path for hook in known]:
-        module.register_forward_pre_hook(RefreshMasks(below))
+    refresh_from(model.get_submodule(caller), path[len(caller) :].lstrip("."))
 
 
 def _parents(path: str) -> Iterator[str]:

@@ -40,12 +40,7 @@ def check(
     Batches for calibration are looked at when they are read.
     """
     check_model(model)
-    number = isinstance(ratio, Real) and not isinstance(ratio, bool)
-    if not number or math.isnan(ratio) or not 0 < ratio <= 1:
-        raise ArgumentError(
-            f"ratio is {ratio!r}. Pass the fraction of kernels to keep, above 0 and at most 1: "
-            "0.05 keeps 5 %."
-        )
+    check_ratio(ratio)
     choices: dict[str, tuple[Any, Collection[str]]] = {
         "method": (method, METHODS),
         "norm": (norm, (*ORDERS, SHARE)),
@@ -63,6 +58,16 @@ def check(
         if not isinstance(value, bool):
             raise ArgumentError(f"{name} is {value!r}. Pass True or False.")
     resolve_ignored(unwrapped(model), ignore)
+
+
+def check_ratio(ratio: Any) -> None:
+    """Reject what is no fraction of kernels to keep."""
+    number = isinstance(ratio, Real) and not isinstance(ratio, bool)
+    if not number or math.isnan(ratio) or not 0 < ratio <= 1:
+        raise ArgumentError(
+            f"ratio is {ratio!r}. Pass the fraction of kernels to keep, above 0 and at most 1: "
+            "0.05 keeps 5 %."
+        )
 
 
 def _check_limits(at_least: Any, round_to: Any, granularity: str) -> None:

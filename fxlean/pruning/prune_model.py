@@ -157,9 +157,10 @@ def prune(
         if redundancy:
             keep = used_kernels(graph, keep)
         zero = zero_channels(graph, keep, redundancy=redundancy)
+        maskable = zero_channels(graph, np.zeros_like(keep))
         keep, zero, selected, choice = agreed((keep, zero, selected, choice))
         stages.start("masks")
-        masks = parameter_masks(model, network, keep, zero)
+        masks = parameter_masks(model, network, keep, zero, maskable)
         unpruned = fingerprint(model) if is_unpruned(model) else None
         apply_masks(model, masks, trace.called)
         remember(model, unpruned)

@@ -9,6 +9,7 @@ from typing import Any
 from ..calibration.repair_result import RepairResult
 from ..costs import COUNTS
 from ..errors import some
+from ..pictures import bars, html_table
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,36 @@ class PruneResult:
         fields["repair"] = None if self.repair is None else self.repair.to_dict()
         return fields | {"ratio": self.ratio}
 
+    def __repr__(self) -> str:
+        return (
+            f"PruneResult({self.method}: {self.kept:,} of {self.total:,} kernels kept in "
+            f"{len(self.layers)} layers)"
+        )
+
+    def plot(self) -> Any:
+        """A matplotlib figure: the kernels of each layer, and those that are kept."""
+        before, after = zip(*((row.total, row.kept) for row in self.layers), strict=True)
+        return bars([row.name for row in self.layers], {"kernels": (before, after)})
+
+    def _repr_html_(self) -> str:
+        rows = [(row.name, row.kept, row.total) for row in self.layers]
+        rows.append(("all", self.kept, self.total))
+        cells = [
+            (name, f"{kept:,}", f"{total:,}", f"{kept / total:.2%}") for name, kept, total in rows
+        ]
+        return html_table(("layer", "kept", "total", "ratio"), cells, self._notes())
+
     def __str__(self) -> str:
         width = max(len("layer"), *(len(layer.name) for layer in self.layers))
         lines = [f"{'layer':<{width}}  {'kept':>10}  {'total':>10}  {'ratio':>7}"]
         lines += [_row(row.name, row.kept, row.total, width) for row in self.layers]
         lines.append("-" * len(lines[0]))
         lines.append(_row("all", self.kept, self.total, width))
-        lines.append(f"These kernels hold {self.share:.1%} of all parameters.")
-        lines.append("")
-        lines.append(self._summary())
+        return "\n".join(lines + self._notes())
+
+    def _notes(self) -> list[str]:
+        """What is below the table."""
+        lines = [f"These kernels hold {self.share:.1%} of all parameters.", "", self._summary()]
         if self.left:
             parts = [
                 f"{now:,} of {before:,} {COUNTS[name]} ({now / before:.1%})"
@@ -92,8 +114,7 @@ class PruneResult:
                 f"opaque: {op} ({times(count)}), treated as reading and writing everything"
             )
         lines += [f"skipped: {line}" for line in by_reason(self.skipped)]
-        lines += [f"all channels stay: {line}" for line in by_reason(self.pinned)]
-        return "\n".join(lines)
+        return lines + [f"all channels stay: {line}" for line in by_reason(self.pinned)]
 
     def _summary(self) -> str:
         chains = f" in {self.chains:,} chains" if self.chains else ""

@@ -10,21 +10,23 @@ from torch import nn
 
 from ..calibration.batches import example_and_batches, restartable
 from ..calibration.repair_model import repair as repair_model
-from ..errors import ArgumentError
 from ..tracing.arguments import check_traceable, unwrapped
 from ..tracing.rehearsal import rehearsed
 from ..tracing.sandbox import copied
 from .options import check, check_names
 from .prune_model import prune
 from .result import PruneResult
+from .schedules import check_start, schedule, to_be_looped_over
 
 
+@to_be_looped_over
 def iterate(
     model: nn.Module,
     ratio: float,
     steps: int,
     example_inputs: Any = None,
     *,
+    start: int = 0,
     repair: bool = False,
     **options: Any,
 ) -> Iterator[PruneResult]:
@@ -38,22 +40,26 @@ def iterate(
         ratio: fraction of the prunable kernels that is kept in the end.
         steps: number of steps, at least 1.
         example_inputs: as for `prune`.
+        start: how many of the steps are done already, to go on with a model that was loaded.
         repair: whether to repair after every step on the batches of `calibration`, or on noise;
             then no training is needed between the steps. See `fxlean.repair`.
         **options: any keyword argument of `prune`.
 
     Raises:
         ArgumentError: at the call for bad arguments, not at the first step.
+
+    Warns:
+        PruneWarning: nobody has looped over the steps, so nothing was pruned.
     """
     check_names(options, prune)
     check(model, ratio, **options)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ArgumentError(f"steps is {steps!r}. Pass a whole number of at least 1.")
+    ratios = schedule(ratio, steps)
+    check_start(start, steps, repair=repair)
+    ratios = ratios[start:]
     check_traceable(unwrapped(model))
     if example_inputs is not None or options.get("calibration") is None:
         rehearsed(unwrapped(model), example_inputs)
     options["calibration"] = restartable(options.get("calibration"))
-    ratios = [ratio ** (step / steps) for step in range(1, steps + 1)]
     if repair:
         return _repaired(model, copied(model), ratios, example_inputs, options)
     return (prune(model, ratio, example_inputs, **options) for ratio in ratios)

@@ -10,12 +10,12 @@ from torch import nn
 from torchvision.models import DenseNet
 
 import fxlean
-from fxlean.compaction.attempts import remove_masks
 from fxlean.compaction.cut import cost, part_of
 from fxlean.compaction.plan import choose_slots, layers_of
 from fxlean.compaction.rules import FOLLOW
 from fxlean.compaction.solve import WIDTH, fill_up, solve
 from fxlean.compaction.walk import slots_of
+from fxlean.masking import remove_masks
 from fxlean.nn import Selected
 from fxlean.tracing.tracer import trace_model
 from tests.support.blocks import conv_bn, conv_bn_relu, residual

@@ -6,12 +6,12 @@ from torch import nn
 
 import fxlean
 from fxlean.compaction import cut, solve
-from fxlean.compaction.attempts import remove_masks
 from fxlean.compaction.cut import part_of, shrink
 from fxlean.compaction.plan import layers_of
 from fxlean.compaction.rules import FOLLOW
 from fxlean.compaction.verify import difference, outputs
 from fxlean.compaction.walk import slots_of
+from fxlean.masking import remove_masks
 from fxlean.tracing.sandbox import copied
 from fxlean.tracing.tracer import trace_model
 from tests.support.oracles import RecordConvolutions

@@ -1,0 +1,1 @@
+"""Pruned and compacted networks in files, without pickle."""

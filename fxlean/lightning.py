@@ -1,0 +1,120 @@
+"""A callback that prunes while Lightning trains; needs the extra `lightning`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from .errors import ArgumentError
+from .masking import remove_masks
+from .pruning.options import check_names
+from .pruning.prune_model import prune
+from .pruning.result import PruneResult
+from .pruning.schedules import schedule
+
+WHAT = ("ignore", "prune_outputs", "include_linear", "granularity")  # decide what has masks
+
+
+class PruningCallback(Callback):
+    """Prunes a `LightningModule` step by step, at the end of epochs.
+
+    All masks are put on before training starts, with nothing pruned, so that names in checkpoints
+    and the state of optimizers are the same throughout, and `ckpt_path` resumes at the right step.
+
+    Arguments that Lightning's `ModelPruning` has too mean the same. What it calls `amount` is how
+    much goes; `ratio` is how much is kept.
+
+    Args:
+        ratio: fraction of the prunable kernels that is kept in the end.
+        steps: number of steps; step t keeps `ratio ** (t / steps)`.
+        apply_pruning: whether to prune after an epoch: a bool, or a function of its number.
+        make_pruning_permanent: whether to take the masks off when training ends, with zeros in
+            their places.
+        prune_on_train_epoch_end: whether to prune after the training part of an epoch, or after
+            its validation.
+        verbose: 0 for silence, 1 for a line after each step, 2 for the table.
+        module: path of the part of the module to prune, such as "model"; by default all of it.
+        example_inputs: as for `prune`; by default the module's `example_input_array`.
+        calibration_batches: how many batches of the training loader `method="relevance"` sees.
+        **options: any other keyword argument of `prune`.
+
+    Attributes:
+        results: the result of each step of this run.
+    """
+
+    def __init__(
+        self,
+        ratio: float,
+        steps: int,
+        *,
+        apply_pruning: bool | Callable[[int], bool] = True,
+        make_pruning_permanent: bool = False,
+        prune_on_train_epoch_end: bool = True,
+        verbose: int = 0,
+        module: str = "",
+        example_inputs: Any = None,
+        calibration_batches: int = 0,
+        **options: Any,
+    ) -> None:
+        check_names(options, prune)
+        if verbose not in (0, 1, 2):
+            raise ArgumentError(f"verbose is {verbose!r}. Pass 0, 1 or 2.")
+        self.results: list[PruneResult] = []
+        self._ratios, self._done = schedule(ratio, steps), 0
+        self._apply, self._permanent = apply_pruning, make_pruning_permanent
+        self._after_training, self._verbose = prune_on_train_epoch_end, verbose
+        self._module, self._inputs = module, example_inputs
+        self._batches, self._options = calibration_batches, options
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the masks on, before optimizers are made and checkpoints are loaded."""
+        if stage == "fit":
+            options = {key: self._options[key] for key in WHAT if key in self._options}
+            self._prune(pl_module, 1.0, method="l1", redundancy=False, **options)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the next step, if it is time."""
+        if self._after_training:
+            self._step(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the next step, if it is time."""
+        if not self._after_training and not trainer.sanity_checking:
+            self._step(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the masks off, if they are to be made permanent."""
+        if self._permanent:
+            remove_masks(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps are done."""
+        return {"done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after so many steps."""
+        self._done = state_dict["done"]
+
+    def _step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        apply, epoch = self._apply, trainer.current_epoch
+        if self._done == len(self._ratios) or not (apply(epoch) if callable(apply) else apply):
+            return
+        options = dict(self._options)
+        if self._batches:
+            loader: Any = trainer.train_dataloader
+            options["calibration"] = list(itertools.islice(loader, self._batches))
+        result = self._prune(pl_module, self._ratios[self._done], **options)
+        self._done += 1
+        self.results.append(result)
+        if self._verbose:
+            rank_zero_info(str(result) if self._verbose == 2 else repr(result))
+
+    def _prune(self, pl_module: LightningModule, ratio: float, **options: Any) -> PruneResult:
+        inputs = self._inputs
+        if inputs is None:
+            inputs = pl_module.example_input_array
+        return prune(pl_module.get_submodule(self._module), ratio, inputs, **options)

@@ -1,0 +1,322 @@
+"""What is saved and loaded into a newly built dense model computes the same, bit for bit."""
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import prune as torch_prune
+from torch.utils._pytree import tree_leaves
+
+import fxlean
+from fxlean.checkpoint.packing import packed, unpacked
+from fxlean.masking import masked
+from tests.support.blocks import conv, conv_bn_relu
+from tests.support.compare import load_trained_state, same_state, state
+from tests.support.strategies import networks
+from tests.support.zoo import ZOO, make
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning",
+    "ignore::fxlean.PruneWarning",
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
+)
+every_network = pytest.mark.parametrize("name", sorted(ZOO))
+REWRITTEN = {"functional", "stacked_weights", "weight_norm", "dense_in_place"}  # by compact
+IMAGE = torch.zeros(2, 3, 8, 8)
+
+
+@torch.no_grad()
+def run(model, inputs):
+    return tree_leaves(model(*inputs))
+
+
+def assert_same(left, right, inputs):
+    for a, b in zip(run(left, inputs), run(right, inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+def pruned(name, ratio=0.3, **options):
+    model, inputs = make(name)
+    torch.manual_seed(0)
+    fxlean.prune(model, ratio, inputs, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    run(model, inputs)
+    return model, inputs
+
+
+def fresh(name):
+    """The dense model with other weights."""
+    model, _ = make(name)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point():
+                tensor.mul_(0.5)
+    return model
+
+
+def net(width=8, classes=4):
+    torch.manual_seed(0)
+    layers = [conv_bn_relu(3, width), conv(width, 6, bias=True), nn.ReLU(), conv(6, 6), nn.ReLU()]
+    return nn.Sequential(*layers, conv(6, classes, 1, bias=True)).eval()
+
+
+@every_network
+def test_a_masked_network_comes_back_bit_for_bit(name, tmp_path):
+    model, inputs = pruned(name)
+    before = state(model)
+    fxlean.save(model, tmp_path / "model")
+    assert same_state(before, model.state_dict())
+    other = fxlean.load(fresh(name), tmp_path / "model")
+    assert_same(model, other, inputs)
+    assert list(other.state_dict()) == list(before)
+    for key, value in other.state_dict().items():
+        mask = before.get(f"{key.removesuffix('_orig')}_mask") if key.endswith("_orig") else None
+        assert torch.equal(value, before[key] if mask is None else before[key] * mask)
+    assert not (tmp_path / "model.part").exists()
+
+
+@every_network
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_compacted_network_comes_back_bit_for_bit(name, frozen, tmp_path):
+    model, inputs = pruned(name, 0.15)
+    if frozen:
+        model.eval().requires_grad_(False)
+    small = fxlean.compact(model, inputs)
+    if name in REWRITTEN:
+        with pytest.raises(fxlean.ArgumentError, match="Save the model before it is compacted"):
+            fxlean.save(small, tmp_path / "small")
+        assert not list(tmp_path.iterdir())
+        return
+    fxlean.save(small, tmp_path / "small")
+    other = fxlean.load(fresh(name), tmp_path / "small")
+    assert_same(small, other, inputs)
+    assert same_state(small.state_dict(), other.state_dict())
+    assert str(other) == str(small)
+    again = fxlean.load(copy.deepcopy(other), tmp_path / "small")  # one that is cut already
+    assert_same(small, again, inputs)
+
+
+@settings(max_examples=40)
+@given(networks(), st.sampled_from([0.5, 0.2, 0.05]), st.booleans(), st.booleans())
+def test_random_networks_come_back_bit_for_bit(tmp_path_factory, drawn, ratio, frozen, further):
+    model, inputs = drawn
+    dense = copy.deepcopy(model)
+    path = tmp_path_factory.mktemp("saved") / "model"
+    fxlean.prune(model, ratio, inputs, method="l1")
+    if frozen:
+        model.eval().requires_grad_(False)
+    small = fxlean.compact(model, inputs)
+    if further and not frozen:
+        try:
+            fxlean.prune(small, 0.7, inputs, method="l1")
+        except fxlean.ArgumentError:
+            further = False  # nothing is left to prune
+    for saved in (model, small):
+        fxlean.save(saved, path)
+        assert_same(saved, fxlean.load(copy.deepcopy(dense), path), inputs)
+
+
+def test_training_goes_on_as_it_would_have(tmp_path):
+    model, images = net(), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    fxlean.prune(model, 0.4, images)
+    fxlean.save(model, tmp_path / "model")
+    other = fxlean.load(net(), tmp_path / "model")
+    for each in (model, other):
+        optimizer = torch.optim.SGD(each.train().parameters(), 0.1, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            each(images).square().mean().backward()
+            optimizer.step()
+    assert_same(model.eval(), other.eval(), (images,))
+
+
+@pytest.mark.parametrize("name", ["plain", "shared_sequence", "weight_norm", "pre_pruned"])
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "mapping", "wrapped"])
+def test_states_saved_by_plain_torch(name, kind, tmp_path):
+    model, inputs = pruned(name)
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    path = tmp_path / "state"
+    if kind == "mapping":
+        path = saved
+    elif kind == "safetensors":
+        save_file(saved, path)
+    else:
+        prefix = "module." if kind == "wrapped" else ""
+        torch.save({f"{prefix}{key}": value for key, value in saved.items()}, path)
+    other = fxlean.load(fresh(name), path)
+    assert_same(model, other, inputs)
+    assert same_state(model.state_dict(), other.state_dict())
+
+
+def test_masks_of_parameters_that_no_module_is_called_for_stay_up_to_date():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = nn.ParameterList(torch.randn(5, n, 3, 3) for n in (3, 5))
+            self.last = conv(5, 2, 1)
+
+        def forward(self, x):
+            for weight in self.weights:
+                x = torch.conv2d(x, weight, padding=1).relu()
+            return self.last(x)
+
+    torch.manual_seed(0)
+    model, other = Listed(), Listed()
+    fxlean.prune(model, 0.4, IMAGE)
+    fxlean.load(other, model.state_dict())
+    load_trained_state(model, other)
+    image = torch.randn(1, 3, 8, 8)
+    assert torch.equal(model(image), other(image))
+
+
+def test_masks_that_the_model_has_are_replaced(tmp_path):
+    model, other = net(), net()
+    fxlean.prune(model, 0.5, IMAGE)
+    fxlean.prune(other, 0.3, IMAGE, method="random")
+    torch_prune.random_unstructured(other[-1], "weight", 0.5)
+    fxlean.save(model, tmp_path / "model")
+    fxlean.load(other, tmp_path / "model")
+    assert_same(model, other, (torch.randn(2, 3, 8, 8),))
+    assert other.state_dict().keys() == model.state_dict().keys()
+
+
+def test_ties_between_parameters_are_those_of_the_file(tmp_path):
+    def tied():
+        model = nn.Sequential(conv(3, 4), conv(4, 4), conv(4, 4), conv(4, 2, 1))
+        model[2].weight = model[1].weight
+        return model
+
+    torch.manual_seed(0)
+    model = tied()
+    fxlean.save(model, tmp_path / "tied")
+    assert len(load_file(tmp_path / "tied")) == 3
+    other = fxlean.load(tied(), tmp_path / "tied")
+    assert other[2].weight is other[1].weight
+    model[2].weight = nn.Parameter(model[1].weight.detach() + 1)
+    fxlean.save(model, tmp_path / "untied")
+    assert_same(model, fxlean.load(tied(), tmp_path / "untied"), (IMAGE + 1,))
+
+
+@given(
+    st.integers(1, 300),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    st.floats(0, 1),
+    st.booleans(),
+)
+def test_a_packed_weight_takes_no_more_room_and_comes_back(size, dtype, kept, broken):
+    generator = torch.Generator().manual_seed(size)
+    mask = torch.rand(size, generator=generator) < kept
+    values = torch.randn(size, generator=generator).to(dtype)
+    if broken:
+        values[0] = float("nan")
+    stored = packed("w", values, mask)
+    found, again = unpacked("w", stored, values.shape)
+    assert torch.equal(again, mask)
+    assert torch.equal(found.nan_to_num(7.0), values.where(mask, 0).nan_to_num(7.0))
+    if not (broken and mask[0]):
+        assert sum(tensor.nbytes for tensor in stored.values()) <= values.nbytes
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.5, 1.0])
+def test_a_masked_network_is_stored_no_larger_than_a_dense_one(ratio, tmp_path):
+    model = nn.Sequential(conv_bn_relu(3, 64), conv_bn_relu(64, 128), conv(128, 4, 1))
+    save_file(model.state_dict(), tmp_path / "dense")
+    fxlean.prune(model, ratio, IMAGE, method="l1")
+    fxlean.save(model, tmp_path / "masked")
+    dense, found = ((tmp_path / name).stat().st_size for name in ("dense", "masked"))
+    assert found < dense * (0.12 if ratio == 0.02 else 1.01)
+
+
+def refused(model, source, message):
+    before, hooks = state(model), [len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(fxlean.ArgumentError, match=message):
+        fxlean.load(model, source)
+    assert same_state(before, model.state_dict())
+    assert hooks == [len(m._forward_pre_hooks) for m in model.modules()]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_errors_say_which_layer_differs(compacted, tmp_path):
+    model, path = net(), tmp_path / "model"
+    fxlean.prune(model, 0.2, IMAGE)
+    fxlean.save(fxlean.compact(model, IMAGE) if compacted else model, path)
+    refused(net(width=9), path, r"0\.0\.weight is \(8, 3, 3, 3\) there and \(9, 3, 3, 3\) in the")
+    refused(net(classes=5), path, r"5\.weight is \(4, 6, 1, 1\) there and \(5, 6, 1, 1\) in the")
+    refused(net()[:-1], path, r"only there: 5\.weight, 5\.bias")
+    longer = nn.Sequential(*net(), nn.BatchNorm2d(4))
+    refused(longer, path, r"only in the model: 6\.weight, 6\.bias, 6\.running_mean and 2 more")
+
+
+def test_a_model_that_is_cut_otherwise_is_refused(tmp_path):
+    small = []
+    for ratio in (0.2, 0.1):
+        model = net()
+        fxlean.prune(model, ratio, IMAGE)
+        small.append(fxlean.compact(model, IMAGE))
+    fxlean.save(small[0], tmp_path / "small")
+    refused(small[1], tmp_path / "small", "is compacted already, and not as in .*: 0.0, 0.1, 1")
+    refused(net(), small[0].state_dict(), r"or save compacted models with fxlean\.save")
+    assert_same(fxlean.load(copy.deepcopy(small[0]), small[0].state_dict()), small[0], (IMAGE,))
+
+
+def test_files_that_are_none_of_ours(tmp_path):
+    (tmp_path / "text").write_text("weights")
+    refused(net(), tmp_path / "text", "text cannot be read .*Pass a file of fxlean.save")
+    torch.save({"epoch": 3, "state_dict": net().state_dict()}, tmp_path / "trainer")
+    refused(net(), tmp_path / "trainer", r"no tensor: epoch, state_dict\. Pass the state_dict")
+    torch.save([1], tmp_path / "list")
+    refused(net(), tmp_path / "list", "holds a list")
+    refused(net(), 3, "source is a int")
+    fxlean.save(net(), tmp_path / "model")
+    tensors = load_file(tmp_path / "model")
+    header = '{"format": 9, "fxlean": "9.0", "torch": "3.0", "model": "Sequential"}'
+    save_file(tensors, tmp_path / "newer", {"fxlean": header})
+    refused(net(), tmp_path / "newer", r"fxlean 9\.0, torch 3\.0.* format 9.*newer fxlean")
+    with pytest.raises(FileNotFoundError):
+        fxlean.load(net(), tmp_path / "nothing")
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path):
+    class Counting(nn.Conv2d):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+    model = nn.Sequential(Counting(3, 4, 1))
+    with pytest.raises(fxlean.ArgumentError, match="0: Counting keeps state that is no tensor"):
+        fxlean.save(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_compacted_is_known_after_copies_and_pickles(tmp_path):
+    model = net()
+    fxlean.prune(model, 0.2, IMAGE)
+    small = fxlean.compact(model, IMAGE)
+    buffer = io.BytesIO()
+    torch.save(small, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    for each in (copy.deepcopy(small), again):
+        fxlean.save(each, tmp_path / "small")
+        assert_same(fxlean.load(net(), tmp_path / "small"), small, (IMAGE + 1,))
+
+
+def test_a_compacted_backbone_in_a_larger_model(tmp_path):
+    def whole(backbone):
+        torch.manual_seed(1)
+        return nn.ModuleDict({"backbone": backbone, "head": conv(4, 2, 1)})
+
+    model = net()
+    fxlean.prune(model, 0.2, IMAGE)
+    small = fxlean.compact(model, IMAGE)
+    fxlean.save(whole(small), tmp_path / "whole")
+    found = fxlean.load(whole(net()), tmp_path / "whole")
+    assert_same(found["backbone"], small, (IMAGE + 1,))
+    assert not [name for _, _, name in masked(found)]
