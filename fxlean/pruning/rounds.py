@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..calibration.batches import example_and_batches, restartable
-from ..calibration.repair_model import repair as repair_model
+from ..calibration.repair_model import repair_towards
+from ..calibration.running import Known
 from ..errors import ArgumentError
 from ..tracing.arguments import check_traceable, unwrapped
 from ..tracing.rehearsal import rehearsed
@@ -55,7 +56,7 @@ def iterate(
     options["calibration"] = restartable(options.get("calibration"))
     ratios = [ratio ** (step / steps) for step in range(1, steps + 1)]
     if repair:
-        return _repaired(model, copied(model), ratios, example_inputs, options)
+        return _repaired(model, copied(unwrapped(model)), ratios, example_inputs, options)
     return (prune(model, ratio, example_inputs, **options) for ratio in ratios)
 
 
@@ -67,8 +68,10 @@ def _repaired(
     options: Mapping[str, Any],
 ) -> Iterator[PruneResult]:
     """Prune to each of these ratios, and repair towards the reference."""
+    known: Known = {}
+    network, progress = unwrapped(model), options.get("progress")
     for ratio in ratios:
         result = prune(model, ratio, example_inputs, **options)
-        _, batches = example_and_batches(unwrapped(model), example_inputs, options["calibration"])
-        found = repair_model(model, list(batches), reference, progress=options.get("progress"))
+        _, batches = example_and_batches(network, example_inputs, options["calibration"])
+        found = repair_towards(network, list(batches), reference, known, progress=progress)
         yield replace(result, repair=found)
