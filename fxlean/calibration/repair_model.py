@@ -28,7 +28,7 @@ from .corrections import (
 )
 from .elements import SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
-from .reference import is_unpruned, outputs_of, refresh_masks, without_masks
+from .reference import is_masked, is_unpruned, outputs_of, refresh_masks, without_masks
 from .repair_result import RepairResult
 from .running import Known
 from .side_by_side import opened
@@ -133,6 +133,11 @@ def held_out(sizes: Sequence[int]) -> list[float]:
 
 
 def _masks_off(model: nn.Module) -> nn.Module:
+    if not is_masked(model):
+        raise ArgumentError(
+            f"{type(model).__name__} has no masks, so what it was before it was pruned cannot be "
+            "told. Pass that as reference; and where it is compacted, repair before fxlean.compact."
+        )
     if not is_unpruned(model):
         raise ArgumentError(
             f"{type(model).__name__} has changed since its masks were put on, or they are not from "

@@ -347,6 +347,8 @@ def test_compacted_models_are_repaired_before():
     small = fxlean.compact(model, x[:1])
     with pytest.raises(fxlean.ArgumentError, match=r"repair before fxlean\.compact"):
         fxlean.repair(small, x, reference)
+    with pytest.raises(fxlean.ArgumentError, match=r"no masks.*repair before fxlean\.compact"):
+        fxlean.repair(small, x)
 
 
 def test_a_broken_reference_is_told_by_layer():
