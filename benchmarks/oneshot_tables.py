@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
-from trained import NETWORKS, ROOT, replacing
+from trained import NETWORKS, ROOT  # first: it makes the examples importable
+
+from circle_square import replacing  # isort: skip
 
 COLUMNS = ("as pruned", "statistics", "repaired", "rounds", "distilled", "rounds on noise")
 MARKS = ("<!-- tables: benchmarks/oneshot.py -->", "<!-- end of tables of oneshot.py -->")
@@ -30,7 +32,9 @@ def cell(numbers: Sequence[float]) -> str:
     return f"{np.mean(numbers):.3f} ± {np.std(numbers, ddof=1) / len(numbers) ** 0.5:.3f}"
 
 
-def format_network(found: Found, network: str, methods: Sequence[str], ratios: Sequence[float]) -> str:
+def format_network(
+    found: Found, network: str, methods: Sequence[str], ratios: Sequence[float]
+) -> str:
     """The table of one network."""
     unpruned = values(found, network, "", 1.0, "unpruned")
     seeds = "1 seed" if len(unpruned) == 1 else f"{len(unpruned)} seeds"
@@ -57,14 +61,18 @@ def format_tuning(found: Found) -> str:
     for network, ratio, method in rows:
         cells = [cell(values(found, network, method, ratio, name)) for name in names]
         lines.append(f"| {network} | {ratio:g} | {method} | {' | '.join(cells)} |")
-    return "\n".join(["**Fine-tuned with labels**, after pruning alone and after rounds:", "", *lines])
+    return "\n".join(
+        ["**Fine-tuned with labels**, after pruning alone and after rounds:", "", *lines]
+    )
 
 
 def draw(found: Found, methods: Sequence[str], ratios: Sequence[float]) -> None:
     """Accuracy against kept kernels, as pruned (dotted) and repaired (lines), for each network."""
     networks = [name for name in NETWORKS if any(key[0] == name for key in found)]
     figure = Figure(figsize=(3.2 * len(networks), 3.6), layout="constrained")
-    for axes, network in zip(np.atleast_1d(figure.subplots(1, len(networks))), networks, strict=True):
+    for axes, network in zip(
+        np.atleast_1d(figure.subplots(1, len(networks))), networks, strict=True
+    ):
         axes.axhline(np.mean(values(found, network, "", 1.0, "unpruned")), color="grey", lw=0.8)
         for number, method in enumerate(methods):
             for column, style in (("as pruned", ":"), ("repaired", "-"), ("rounds", "--")):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 import quickstart  # noqa: E402
-from circle_square import CLASSES, SCALES, Data, replacing  # noqa: E402
+from circle_square import CLASSES, SCALES, Data  # noqa: E402
 from quickstart import Block, accuracy, load_data  # noqa: E402
 from results import make_data  # noqa: E402
 from training import pixel_accuracy, train_epoch  # noqa: E402
 
 from adapters.msd import MSD  # noqa: E402
+from fxlean.calibration.running import Known  # noqa: E402
 
 NOISE = 0.22  # standard deviation on digits; the images are in [0, 1]
 SCALE = replace(SCALES["small"], batch=8)
@@ -42,12 +43,14 @@ class Task:
         batches: unlabelled training images.
         accuracy: of a network on the test images.
         tune: trains a network for some epochs.
+        known: graphs of the network, which repairs of its copies need not trace anew.
     """
 
     model: nn.Module
     batches: list[Tensor]
     accuracy: Callable[[nn.Module], float]
     tune: Callable[[nn.Module, int], None]
+    known: Known = field(default_factory=dict)
 
 
 def resnet20() -> nn.Module:
