@@ -8,7 +8,8 @@ by one, so that an interrupted run goes on where it stopped; from it come the fi
 `docs/images` and the tables of `docs/results.md`, between the marks there (`--publish` alone makes
 these). Stages: `once` is pruning, batch norm statistics measured anew, and one repair; `rounds` are
 rounds of both, with distillation after them for relevance; `noise` is rounds on noise in place of
-images; `tuned` is fine-tuning with labels.
+images; `counts` are fewer and more rounds, and `tuned` is fine-tuning with labels, neither by
+default.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ RATIOS = (0.8, 0.5, 0.3, 0.2, 0.1, 0.05)
 FEWER = (0.5, 0.2, 0.1)  # what other methods are asked for
 LITTLE = (0.1, 0.05)  # what is distilled
 ROUNDS = 4
+COUNTS = (2, 8)  # of rounds, beside these
 STEPS = 200  # of distillation
 EPOCHS = (1, 3, 10)  # of fine-tuning
 LAST = {  # column of every stage
     "once": "repaired",
     "rounds": "rounds",
     "noise": "rounds on noise",
+    "counts": f"{COUNTS[-1]} rounds",
     "tuned": f"rounds, {EPOCHS[-1]} epochs",
 }
 MEASURED = ROOT / "benchmarks" / "oneshot.json"
@@ -57,10 +60,10 @@ def cases(stages: Sequence[str]) -> Iterator[tuple[str, str, float]]:
                 relevant = method == "relevance"
                 if {
                     "once": relevant or ratio in FEWER,
-                    "rounds": ratio in (0.5, 0.2, 0.1, 0.05)
-                    and (relevant or (method != "random" and ratio == 0.1)),
-                    "noise": relevant and ratio in (0.5, 0.2),
-                    "tuned": method in ("relevance", "lean", "l1") and ratio in (0.1,),
+                    "rounds": ratio <= 0.2 if relevant else method != "random" and ratio == 0.1,
+                    "noise": relevant and ratio == 0.2,
+                    "counts": relevant and ratio == 0.1,
+                    "tuned": method in ("relevance", "lean", "l1") and ratio == 0.1,
                 }[stage]:
                     yield stage, method, ratio
 
@@ -89,6 +92,11 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
         options["calibration"] = None
         list(fxlean.iterate(model, ratio, ROUNDS, example, repair=True, **options))
         yield "rounds on noise", task.accuracy(model)
+    elif stage == "counts":
+        for count in COUNTS:
+            again = copy.deepcopy(model)
+            list(fxlean.iterate(again, ratio, count, repair=True, **options))
+            yield f"{count} rounds", task.accuracy(again)
     else:
         fxlean.prune(model, ratio, **options)
         repaired = copy.deepcopy(task.model)

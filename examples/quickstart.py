@@ -15,6 +15,7 @@ import argparse
 import copy
 import statistics
 import time
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +142,7 @@ def main() -> None:
 
     model, began = copy.deepcopy(trained), time.perf_counter()
     images = list(training[0][:256].split(64))
-    rounds = {"method": "relevance", "calibration": images, "repair": True}
+    rounds: dict[str, Any] = {"method": "relevance", "calibration": images, "repair": True}
     for result in fxlean.iterate(model, options.repaired, 4, **rounds):
         print(f"repaired: {result.kept} of {result.total} kernels kept")
     print(result.repair, f"all rounds: {time.perf_counter() - began:.1f} s", sep="\n", end="\n\n")
