@@ -37,10 +37,11 @@ def iterate(
     Args:
         model: pruned in place, further with every step.
         ratio: fraction of the prunable kernels that is kept in the end.
-        steps: number of steps, at least 1.
+        steps: number of steps, at least 1; four are enough for repair, without training.
         example_inputs: as for `prune`.
         repair: whether to repair after every step on the batches of `calibration`, or on noise;
-            then no training is needed between the steps. See `fxlean.repair`.
+            then no training is needed between the steps. Meant for the method "relevance", which
+            scores what was repaired; see `fxlean.repair`.
         **options: any keyword argument of `prune`.
 
     Raises:
