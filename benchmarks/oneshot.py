@@ -1,127 +1,166 @@
 """Accuracy without labels: pruned, repaired, repaired in rounds, and distilled.
 
-    python benchmarks/oneshot.py [--seeds 5] [--methods relevance l1] [--ratios 0.3 0.1]
+    python benchmarks/oneshot.py [--networks residual MS-D] [--seeds 3] [--stages once rounds]
 
-For each seed a residual network is trained on handwritten digits with added noise, which leaves it
-at 92 to 95 %. Copies of it are pruned by every method to every ratio, without a label or a
-training step: as pruned, with batch norm statistics measured anew, repaired once, and in rounds of
-pruning and repair; for relevance also after distillation, and in rounds on noise in place of
-images. Prints a Markdown table, the means over the seeds. With the defaults a few minutes on one
-core.
+The networks of `trained.py`, each seed with data and weights of its own, are pruned by every method
+to every ratio without a label or a training step. Measurements go to `benchmarks/oneshot.json`, one
+by one, so that an interrupted run goes on where it stopped; from it come the figure in
+`docs/images` and the tables of `docs/results.md`, between the marks there (`--publish` alone makes
+these). Stages: `once` is pruning, batch norm statistics measured anew, and one repair; `rounds` are
+rounds of both, with distillation after them for relevance; `noise` is rounds on noise in place of
+images; `counts` are fewer and more rounds, and `tuned` is fine-tuning with labels, neither by
+default.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import sys
+import json
 import warnings
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from oneshot_tables import publish
 from tqdm import tqdm
+from trained import NETWORKS, ROOT, Task, trained  # first: it makes the examples importable
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-
-from quickstart import Block, Data, accuracy, load_data, train
+from circle_square import replacing  # isort: skip
 
 import fxlean
+from fxlean.calibration.repair_model import repair_towards
 from fxlean.calibration.statistics import measure_statistics
 
-COLUMNS = ("as pruned", "statistics", "repaired", "rounds", "distilled", "rounds on noise")
-NOISE = 0.25  # standard deviation; the images are in [0, 1]
-IMAGES, BATCH = 256, 64  # unlabelled images, from the training part
+METHODS = ("relevance", "path", "lean", "l1", "random")
+RATIOS = (0.8, 0.5, 0.3, 0.2, 0.1, 0.05)
+FEWER = (0.5, 0.2, 0.1)  # what other methods are asked for
+LITTLE = (0.1, 0.05)  # what is distilled
+ROUNDS = 4
+COUNTS = (2, 8)  # of rounds, beside these
 STEPS = 200  # of distillation
+EPOCHS = (1, 3, 10)  # of fine-tuning
+LAST = {  # column of every stage
+    "once": "repaired",
+    "rounds": "rounds",
+    "noise": "rounds on noise",
+    "counts": f"{COUNTS[-1]} rounds",
+    "tuned": f"rounds, {EPOCHS[-1]} epochs",
+}
+MEASURED = ROOT / "benchmarks" / "oneshot.json"
+Key = tuple[str, int, str, float, str]  # network, seed, method, ratio and column
 
 
-def network(blocks: int) -> nn.Module:
-    """A residual network with three stages of this many blocks; ResNet-20 has three."""
-    layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)]
-    layers.append(nn.ReLU())
-    inputs = 16
-    for outputs in (16, 32, 64):
-        for _ in range(blocks):
-            layers.append(Block(inputs, outputs, stride=2 if inputs < outputs else 1))
-            inputs = outputs
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)]
-    return nn.Sequential(*layers)
+def cases(stages: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+    """Stage, method and ratio of all that is measured, what matters most first."""
+    for stage in stages:
+        for method in METHODS:
+            for ratio in RATIOS:
+                relevant = method == "relevance"
+                if {
+                    "once": relevant or ratio in FEWER,
+                    "rounds": ratio <= 0.2 if relevant else method != "random" and ratio == 0.1,
+                    "noise": relevant and ratio == 0.2,
+                    "counts": relevant and ratio == 0.1,
+                    "tuned": method in ("relevance", "lean", "l1") and ratio == 0.1,
+                }[stage]:
+                    yield stage, method, ratio
 
 
-def noisy(data: Data, seed: int) -> Data:
-    """The images with noise added."""
-    images, labels = data
-    generator = torch.Generator().manual_seed(seed)
-    return images + NOISE * torch.randn(images.shape, generator=generator), labels
+def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple[str, float]]:
+    """Columns and the accuracies in them."""
+    options: dict[str, Any] = {"method": method, "progress": False, "calibration": task.batches}
+    model = copy.deepcopy(task.model)
+    if stage == "once":
+        fxlean.prune(model, ratio, **options)
+        yield "as pruned", task.accuracy(model)
+        again = copy.deepcopy(model)
+        measure_statistics(again, [(torch.cat(task.batches),)])
+        yield "statistics", task.accuracy(again)
+        batches = [(batch,) for batch in task.batches]
+        repair_towards(model, batches, task.model, task.known, progress=False)
+        yield "repaired", task.accuracy(model)
+    elif stage == "rounds":
+        list(fxlean.iterate(model, ratio, ROUNDS, repair=True, **options))
+        yield "rounds", task.accuracy(model)
+        if method == "relevance" and ratio in LITTLE:
+            fxlean.distill(model, task.batches, task.model, STEPS, progress=False)
+            yield "distilled", task.accuracy(model)
+    elif stage == "noise":
+        example = task.batches[0][:1]
+        options["calibration"] = None
+        list(fxlean.iterate(model, ratio, ROUNDS, example, repair=True, **options))
+        yield "rounds on noise", task.accuracy(model)
+    elif stage == "counts":
+        for count in COUNTS:
+            again = copy.deepcopy(model)
+            list(fxlean.iterate(again, ratio, count, repair=True, **options))
+            yield f"{count} rounds", task.accuracy(again)
+    else:
+        fxlean.prune(model, ratio, **options)
+        repaired = copy.deepcopy(task.model)
+        list(fxlean.iterate(repaired, ratio, ROUNDS, repair=True, **options))
+        for name, start in (("pruned", model), ("rounds", repaired)):
+            for epochs in EPOCHS:
+                torch.manual_seed(0)
+                network = fxlean.compact(start, task.batches[0][:1])
+                task.tune(network, epochs)
+                yield f"{name}, {epochs} epochs", task.accuracy(network)
 
 
-def measure(
-    trained: nn.Module, method: str, ratio: float, rounds: int, images: Tensor, test: Data
-) -> Iterator[tuple[str, float]]:
-    """Accuracy of every column for one method and ratio."""
-    batches = list(images.split(BATCH))
-    options = {"method": method, "calibration": batches}
-    model = copy.deepcopy(trained)
-    fxlean.prune(model, ratio, images[:1], **options)
-    yield "as pruned", accuracy(model, test)
-    again = copy.deepcopy(model)
-    measure_statistics(again, [(images,)])
-    yield "statistics", accuracy(again, test)
-    fxlean.repair(model, batches, trained)
-    yield "repaired", accuracy(model, test)
-    model = copy.deepcopy(trained)
-    list(fxlean.iterate(model, ratio, rounds, images[:1], repair=True, **options))
-    yield "rounds", accuracy(model, test)
-    if method == "relevance":
-        fxlean.distill(model, batches, trained, STEPS)
-        yield "distilled", accuracy(model, test)
-        model = copy.deepcopy(trained)
-        list(fxlean.iterate(model, ratio, rounds, images[:1], repair=True, method=method))
-        yield "rounds on noise", accuracy(model, test)
+def read() -> dict[Key, float]:
+    """What was measured before."""
+    if not MEASURED.exists():
+        return {}
+    rows = json.loads(MEASURED.read_text())
+    return {
+        (network, seed, method, ratio, name): v for network, seed, method, ratio, name, v in rows
+    }
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--blocks", type=int, default=1, help="a stage; ResNet-20 has 3")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=["relevance", "path", "lean", "l1"])
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.3, 0.2, 0.1])
-    return parser.parse_args()
+def write(found: dict[Key, float]) -> None:
+    """Everything measured so far, one line each."""
+    lines = [json.dumps([*key, round(value, 5)]) for key, value in sorted(found.items())]
+    with replacing(MEASURED) as partial:
+        partial.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def run(networks: Sequence[str], seed: int, stages: Sequence[str], folder: Path) -> None:
+    """Measure what is missing of one seed."""
+    found = read()
+    for network in networks:
+        done = {key[2:] for key in found if key[:2] == (network, seed)}
+        missing = [
+            (stage, method, ratio)
+            for stage, method, ratio in cases(stages)
+            if (method, ratio, LAST[stage]) not in done
+        ]
+        if not missing:
+            continue
+        task = trained(network, seed, folder)
+        found[network, seed, "", 1.0, "unpruned"] = task.accuracy(task.model)
+        for case in tqdm(missing, f"{network}, seed {seed}", disable=None):
+            _, method, ratio = case
+            for column, value in measure(task, *case):
+                found[network, seed, method, ratio, column] = value
+            write(found)
 
 
 def main() -> None:
-    """Trains, prunes and repairs; prints the table."""
-    options = parse_arguments()
+    """Measure what is missing, then publish."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--stages", nargs="+", choices=LAST, default=list(LAST)[:3])
+    parser.add_argument("--folder", type=Path, default=Path("trained"), help="for the networks")
+    parser.add_argument("--publish", action="store_true", help="measure nothing")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", fxlean.PruneWarning)  # where a method cuts the network apart
-    cells: defaultdict[tuple[str, float, str], list[float]] = defaultdict(list)
-    unpruned = []
-    cases = [(method, ratio) for method in options.methods for ratio in options.ratios]
-    bar = tqdm(total=options.seeds * len(cases), unit="network", disable=None)
-    for seed in range(options.seeds):
-        training, test = (noisy(data, 2 * seed + i) for i, data in enumerate(load_data()))
-        torch.manual_seed(seed)
-        trained = network(options.blocks)
-        train(trained, training, options.epochs, peak_rate=0.01)
-        unpruned.append(accuracy(trained, test))
-        for method, ratio in cases:
-            images = training[0][:IMAGES]
-            for column, value in measure(trained, method, ratio, options.rounds, images, test):
-                cells[method, ratio, column].append(value)
-            bar.update()
-    bar.close()
-    print(f"\nunpruned: {sum(unpruned) / len(unpruned):.3f}\n")
-    print(f"| method | kept | {' | '.join(COLUMNS)} |")
-    print("|---" * (2 + len(COLUMNS)) + "|")
-    for method, ratio in cases:
-        row = [cells.get((method, ratio, column)) for column in COLUMNS]
-        texts = [f"{sum(values) / len(values):.3f}" if values else "" for values in row]
-        print(f"| {method} | {ratio:g} | {' | '.join(texts)} |")
+    for seed in range(0 if options.publish else options.seeds):
+        run(options.networks, seed, options.stages, options.folder)
+    publish(read(), METHODS, RATIOS)
 
 
 if __name__ == "__main__":

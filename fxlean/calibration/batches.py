@@ -92,7 +92,7 @@ def example_and_batches(
     """
     if batches is None:
         arguments = _accepted(model) if example_inputs is None else as_arguments(example_inputs)
-        return arguments, noise_batches(_widened(model, arguments))
+        return arguments, noise_batches(model, _widened(model, arguments))
     found = read_batches(model, batches)
     if example_inputs is not None:
         return example_inputs, found

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,20 +40,23 @@ class Geometry:
     spread: tuple[int, ...]  # distance of the input's elements, for transposed convolutions
 
 
-def geometry_of(node: fx.Node) -> Geometry:
-    """The geometry of a call of `aten.convolution`; transposed ones as ordinary ones."""
-    size = tuple(argument(node, "weight").meta["val"].shape[2:])
+def options_of(node: fx.Node) -> tuple[Any, ...]:
+    """Stride, padding, dilation, transposed and output padding of a call of `aten.convolution`."""
+    names = ("stride", "padding", "dilation", "transposed", "output_padding")
+    return tuple(argument(node, name) for name in names)
 
-    def each(name: str) -> tuple[int, ...]:
-        given = tuple(argument(node, name))
-        return given * len(size) if len(given) == 1 else given
 
-    stride, padding, dilation = each("stride"), each("padding"), each("dilation")
-    ones = (1,) * len(size)
-    if not argument(node, "transposed"):
+def geometry_of(size: Sequence[int], options: Sequence[Any]) -> Geometry:
+    """The geometry of a convolution with these options; transposed ones as ordinary ones."""
+
+    def each(given: Sequence[int]) -> tuple[int, ...]:
+        return tuple(given) * len(size) if len(given) == 1 else tuple(given)
+
+    stride, padding, dilation, more = (each(options[place]) for place in (0, 1, 2, 4))
+    size, ones = tuple(size), (1,) * len(size)
+    if not options[3]:
         return Geometry(size, stride, dilation, padding, padding, ones)
     before = tuple(d * (n - 1) - p for d, n, p in zip(dilation, size, padding, strict=True))
-    more = each("output_padding")
     after = tuple(width + extra for width, extra in zip(before, more, strict=True))
     return Geometry(size, ones, dilation, before, after, stride)
 
@@ -104,13 +108,14 @@ class Contributions:
         if self._features is not None:
             axes, view = 1, F.pad(x, (0, 1))[:, self._features]
         else:
-            geometry = geometry_of(node)
+            size = argument(node, "weight").meta["val"].shape[2:]
+            geometry = geometry_of(size, options_of(node))
             axes, view = len(geometry.size), windows(x, geometry)
         if self._sampled:
             self._add_sampled(view, axes)
             return
-        for part in _parts(view, ELEMENTS):
-            self._moments.add(_by_channel(part, axes))
+        for number, rows in spans(view, ELEMENTS):
+            self._moments.add(by_channel(view[number, :, rows], axes))
 
     def _add_sampled(self, view: Tensor, axes: int) -> None:
         """Apply the kernels at random positions, or at all where there are few."""
@@ -158,16 +163,17 @@ def feature_table(columns: Tensor) -> Tensor:
     return table
 
 
-def _parts(view: Tensor, elements: int) -> Iterator[Tensor]:
-    """A view in parts of about this many elements, along its samples and its first position."""
-    for part in view.split(max(1, elements // max(1, view[0].numel()))):
-        if part.numel() > elements and part.dim() > 3:
-            yield from part.split(max(1, elements // part[:, :, 0].numel()), dim=2)
-        else:
-            yield part
+def spans(view: Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of samples and of the first axis of positions, of about this many elements each."""
+    each = max(1, view[0].numel())
+    at_once = max(1, elements // each)
+    rows = max(1, elements * view.shape[2] // each) if view.dim() > 3 else view.shape[2]
+    for number in range(0, view.shape[0], at_once):
+        for row in range(0, view.shape[2], rows):
+            yield slice(number, number + at_once), slice(row, row + rows)
 
 
-def _by_channel(view: Tensor, axes: int) -> Tensor:
+def by_channel(view: Tensor, axes: int) -> Tensor:
     """A view (n, channels, *positions, *size) as (channels, taps, all positions)."""
     first = view.dim() - axes
     order = [1, *range(first, view.dim()), 0, *range(2, first)]

@@ -14,9 +14,10 @@ from ..channels.calls import read_call
 from ..channels.weights import Weight
 from ..errors import ArgumentError
 from .elements import Elements, elements_of
-from .least_squares import Sample, correct, in_layout, operator_of
+from .least_squares import correct
 from .shares import data_of
 from .side_by_side import Side, Stop
+from .systems import Sample, in_layout, operator_of
 
 OTHER_DATA = "reads data of another shape than in the reference"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from ..errors import ArgumentError
@@ -21,7 +22,7 @@ from .reference import floats_of, outputs_of
 from .repair_model import DELAY
 from .statistics import batch_norms_training, measure_statistics
 
-RATE = 1e-3
+RATE = 3e-3
 
 
 def distill(
@@ -47,7 +48,7 @@ def distill(
             beside the only input are left out. They are kept in memory.
         reference: the unpruned network; not changed.
         steps: at least 1; some hundred are enough.
-        rate: learning rate.
+        rate: learning rate at the beginning; it falls linearly to 0.
         progress: show a bar; by default on a terminal, if it takes seconds.
 
     Raises:
@@ -64,8 +65,10 @@ def distill(
     disable = None if progress is None else not progress
     bar = tqdm(range(steps), "fxlean: distill", delay=DELAY, leave=False, disable=disable)
     try:
+        optimizer = torch.optim.Adam(parameters, rate)
+        falling = LambdaLR(optimizer, lambda step: 1 - step / steps)
         with batch_norms_training(model), bar:
-            _train(model, data, targets, torch.optim.Adam(parameters, rate), bar)
+            _train(model, data, targets, falling, bar)
         measure_statistics(model, data)
     except Exception:  # whatever: the model is to be as it was
         put_back(values)
@@ -80,10 +83,11 @@ def _train(
     model: nn.Module,
     batches: Sequence[Arguments],
     targets: Sequence[Sequence[Tensor]],
-    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
     numbers: Iterable[int],
 ) -> None:
-    """One step of the optimizer for each number, batch after batch."""
+    """One step of the optimizer and of its rate for each number, batch after batch."""
+    optimizer = schedule.optimizer
     for number in numbers:
         which = number % len(batches)
         with torch.enable_grad():
@@ -96,6 +100,7 @@ def _train(
                 "their usual range."
             )
         optimizer.step()
+        schedule.step()
 
 
 def _loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:

@@ -25,9 +25,12 @@ def is_unpruned(model: nn.Module) -> bool:
     It is if it has no masks, or if nothing but masks has changed since `prune` put them on: no
     training, no repair, no loading, not even of statistics.
     """
-    if not any(True for _ in masked(model)):
-        return True
-    return getattr(model, ATTRIBUTE, None) == fingerprint(model)
+    return not is_masked(model) or getattr(model, ATTRIBUTE, None) == fingerprint(model)
+
+
+def is_masked(model: nn.Module) -> bool:
+    """Whether `torch.nn.utils.prune` has put masks on a model."""
+    return any(True for _ in masked(model))
 
 
 def remember(model: nn.Module, unpruned: int | None) -> None:

@@ -29,7 +29,7 @@ from .corrections import (
 )
 from .elements import SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
-from .reference import is_unpruned, outputs_of, without_masks
+from .reference import is_masked, is_unpruned, outputs_of, without_masks
 from .repair_result import RepairResult
 from .running import Known
 from .side_by_side import opened
@@ -75,20 +75,31 @@ def repair(
         ArgumentError: batches or reference do not fit the model, batches hold NaN, or the unpruned
             network cannot be told and no reference is given. It is a ValueError.
     """
-    began = time.perf_counter()
     check_model(model)
     model = unwrapped(model)
     if reference is None:
         reference = _masks_off(model)
     check_model(reference)
-    reference = unwrapped(reference)
+    return repair_towards(model, batches, unwrapped(reference), {}, steps, progress)
+
+
+def repair_towards(
+    model: nn.Module,
+    batches: Any,
+    reference: nn.Module,
+    known: Known,
+    steps: int = STEPS,
+    progress: bool | None = None,
+) -> RepairResult:
+    """Repair a model; `known` holds graphs of the reference, which rounds need not trace anew."""
+    began = time.perf_counter()
     values = saved(model)
     try:
         data = list(example_and_batches(model, None, batches)[1])
         held = held_out([batch_size(batch) for batch in data])
         wanted = outputs_of(reference, data)
         before = output_error(outputs_of(model, data), wanted, held)
-        layers, skipped = _repair_all(model, reference, data, held, steps, progress)
+        layers, skipped = _repair_all(model, reference, data, held, known, steps, progress)
         after = output_error(outputs_of(model, data), wanted, held)
         if after > before:
             put_back(values)
@@ -123,6 +134,11 @@ def held_out(sizes: Sequence[int]) -> list[float]:
 
 
 def _masks_off(model: nn.Module) -> nn.Module:
+    if not is_masked(model):
+        raise ArgumentError(
+            f"{type(model).__name__} has no masks, so what it was before it was pruned cannot be "
+            "told. Pass that as reference; and where it is compacted, repair before fxlean.compact."
+        )
     if not is_unpruned(model):
         raise ArgumentError(
             f"{type(model).__name__} has changed since its masks were put on, or they are not from "
@@ -138,17 +154,18 @@ def _repair_all(
     reference: nn.Module,
     batches: Batches,
     held: Sequence[float],
+    known: Known,
     steps: int,
     progress: bool | None,
 ) -> tuple[list[LayerError], dict[str, str]]:
     """Correct every layer of every piece; returns their errors, and what was left alone."""
     layers: list[LayerError] = []
     skipped: dict[str, str] = {}
-    known: tuple[Known, Known] = ({}, {})
+    own: Known = {}
     number, pieces = 0, 1
     while number < pieces:
-        mine, pieces = opened(model, batches, number, known[0])
-        theirs, _ = opened(reference, batches, number, known[1])
+        mine, pieces = opened(model, batches, number, own)
+        theirs, _ = opened(reference, batches, number, known)
         pairs = [Pair(*both) for both in zip(mine, theirs, held, strict=True)]
         _check_alike(pairs, model, reference)
         for found in _repair_piece(model, reference, pairs, steps, progress):

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..calibration.batches import example_and_batches, restartable
-from ..calibration.repair_model import repair as repair_model
+from ..calibration.repair_model import repair_towards
+from ..calibration.running import Known
 from ..tracing.arguments import check_traceable, unwrapped
 from ..tracing.rehearsal import rehearsed
 from ..tracing.sandbox import copied
@@ -38,11 +39,12 @@ def iterate(
     Args:
         model: pruned in place, further with every step.
         ratio: fraction of the prunable kernels that is kept in the end.
-        steps: number of steps, at least 1.
+        steps: number of steps, at least 1; four are enough for repair, without training.
         example_inputs: as for `prune`.
         start: how many of the steps are done already, to go on with a model that was loaded.
         repair: whether to repair after every step on the batches of `calibration`, or on noise;
-            then no training is needed between the steps. See `fxlean.repair`.
+            then no training is needed between the steps. Meant for the method "relevance", which
+            scores what was repaired; see `fxlean.repair`.
         **options: any keyword argument of `prune`.
 
     Raises:
@@ -61,7 +63,7 @@ def iterate(
         rehearsed(unwrapped(model), example_inputs)
     options["calibration"] = restartable(options.get("calibration"))
     if repair:
-        return _repaired(model, copied(model), ratios, example_inputs, options)
+        return _repaired(model, copied(unwrapped(model)), ratios, example_inputs, options)
     return (prune(model, ratio, example_inputs, **options) for ratio in ratios)
 
 
@@ -73,8 +75,10 @@ def _repaired(
     options: Mapping[str, Any],
 ) -> Iterator[PruneResult]:
     """Prune to each of these ratios, and repair towards the reference."""
+    known: Known = {}
+    network, progress = unwrapped(model), options.get("progress")
     for ratio in ratios:
         result = prune(model, ratio, example_inputs, **options)
-        _, batches = example_and_batches(unwrapped(model), example_inputs, options["calibration"])
-        found = repair_model(model, list(batches), reference, progress=options.get("progress"))
+        _, batches = example_and_batches(network, example_inputs, options["calibration"])
+        found = repair_towards(network, list(batches), reference, known, progress=progress)
         yield replace(result, repair=found)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..calibration.batches import example_and_batches
 from ..calibration.distillation import distill as distill_model
 from ..calibration.reference import outputs_of
-from ..calibration.repair_model import batch_size, output_error
-from ..calibration.repair_model import repair as repair_model
+from ..calibration.repair_model import batch_size, output_error, repair_towards
+from ..calibration.running import Known
 from ..compaction.attempts import compact
 from ..costs import report
 from ..errors import ArgumentError
@@ -136,6 +136,7 @@ def _within(
     error_of: Any,
 ) -> nn.Module:
     """The network pruned as far as the error of its outputs allows, in ever smaller steps."""
+    known: Known = {}
     ratio, factor, best = 1.0, FACTOR, work
     while factor < 0.98 and ratio > SMALLEST:
         trial = copied(best)
@@ -145,7 +146,7 @@ def _within(
             if best is work:
                 raise
             break
-        repair_model(trial, data, reference, progress=options["progress"])
+        repair_towards(trial, data, reference, known, progress=options["progress"])
         if error_of(trial) <= tolerance:
             best, ratio = trial, ratio * factor
         else:

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxlean
 from fxlean.calibration.batches import example_and_batches, read_batches, restartable
-from fxlean.calibration.noise import noise_batches, spectral_noise
+from fxlean.calibration.noise import input_range, noise_batches, spectral_noise
 from fxlean.tracing.leaves import tensors_in
 from tests.support.blocks import conv
 from tests.support.compare import same_state, state
@@ -112,7 +112,7 @@ def test_what_can_be_read_only_once_is_kept_in_a_list():
 
 def test_noise_has_the_form_of_the_arguments():
     mask = torch.ones(2, dtype=torch.int64)
-    batches = list(noise_batches((IMAGES[:2].double(), [mask, "text"]), samples=6))
+    batches = list(noise_batches(MODEL, (IMAGES[:2].double(), [mask, "text"]), samples=6))
     assert len(batches) == 3
     assert not torch.equal(batches[0][0], batches[1][0])
     for image, (same, text) in batches:
@@ -120,7 +120,9 @@ def test_noise_has_the_form_of_the_arguments():
         assert image.dtype == torch.float64
         assert same is mask
         assert text == "text"
-    assert torch.equal(batches[0][0], next(noise_batches((IMAGES[:2].double(), [mask]), 6))[0])
+    assert torch.equal(
+        batches[0][0], next(noise_batches(MODEL, (IMAGES[:2].double(), [mask]), 6))[0]
+    )
 
 
 @pytest.mark.parametrize("size", [(), (64,), (16, 24), (8, 6, 10)])
@@ -132,6 +134,37 @@ def test_noise_has_unit_variance_and_falls_with_frequency(size):
         power = torch.fft.fft(noise.transpose(2, -1), dim=2).abs().square().mean((0, 1))
         power = power.reshape(len(power), -1).mean(1)
         assert power[1] > 2 * power[len(power) // 2]
+
+
+def test_the_range_of_the_inputs_is_read_off_the_first_batch_norm():
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(8, momentum=None), nn.BatchNorm2d(2)]
+    model = nn.Sequential(conv(3, 8), norms[0], nn.ReLU(), conv(8, 2), norms[1])
+    generator = torch.Generator().manual_seed(1)
+    images = 0.4 * spectral_noise((256, 3, 16, 16), generator) + 3
+    with torch.no_grad():
+        model.train()(images)
+    before = state(model)
+    scale, offset = input_range(model, (images[:64],))
+    assert scale == pytest.approx(0.4, rel=0.1)
+    assert offset == pytest.approx(3, rel=0.1)
+    noise = torch.cat([batch for (batch,) in noise_batches(model, (images[:64],))])
+    assert noise.mean().item() == pytest.approx(3, rel=0.1)
+    assert noise.std().item() == pytest.approx(0.4, rel=0.1)
+    assert same_state(model.state_dict(), before)
+    assert not any(norm._forward_pre_hooks for norm in norms)
+
+
+@pytest.mark.parametrize("layers", [[], [nn.BatchNorm2d(2, track_running_stats=False)]])
+def test_without_statistics_noise_has_unit_variance(layers):
+    assert input_range(nn.Sequential(conv(3, 2), *layers), (IMAGES,)) == (1, 0)
+
+
+def test_a_batch_norm_that_does_not_respond_tells_no_range():
+    model = nn.Sequential(conv(3, 2), nn.BatchNorm2d(2))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert input_range(model, (IMAGES,)) == (1, 0)
 
 
 def test_inputs_are_guessed_where_there_are_neither_inputs_nor_batches():

@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxlean.calibration.least_squares import Operator, Sample, correct, in_layout
+from fxlean.calibration import systems
+from fxlean.calibration.least_squares import correct
+from fxlean.calibration.systems import Operator, Sample, in_layout
 from fxlean.channels.weights import Weight
 
 # Layer, and the size of its input.
@@ -20,6 +22,14 @@ LAYERS = [
     (nn.Conv3d(4, 6, 2, dilation=(1, 2, 1)), (3, 4, 3)),
     (nn.Conv1d(4, 6, 1), (1,)),  # a linear layer
 ]
+
+
+@pytest.fixture(params=["covariance", "convolution"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways to the normal equations, whatever the sizes."""
+    build = getattr(systems, f"_{request.param}")
+    monkeypatch.setattr(systems, "_covariance", build)
+    monkeypatch.setattr(systems, "_convolution", build)
 
 
 def problem(layer, size, kept=0.6):
@@ -110,6 +120,16 @@ def test_channels_scaled_up_are_solved_as_well():
     other = correct(operator, mask, free, [scaled], [scaled])
     torch.testing.assert_close(other.after, plain.after)
     torch.testing.assert_close(other.kernels * scale[:, None, None], plain.kernels)
+
+
+def test_large_means_cost_no_digits():
+    operator, mask, sample, _ = problem(*LAYERS[0])
+    free = torch.ones(len(mask), dtype=torch.bool)
+    shifted = Sample((sample.x + 30).float(), (sample.lacks + 30).float())
+    plain = correct(operator, mask, free, [sample], [sample])
+    other = correct(operator, mask, free, [shifted], [shifted])
+    torch.testing.assert_close(other.kernels.double(), plain.kernels, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(other.after, plain.after, rtol=0.01, atol=0)
 
 
 def test_what_would_get_worse_on_held_out_samples_stays():

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxlean
-from fxlean.calibration import corrections, repair_model
+from fxlean.calibration import corrections, repair_model, running
 from fxlean.tracing.sandbox import copied
 from tests.support.blocks import conv, conv_bn_relu, pre_activation, residual
 from tests.support.compare import same_state, state
@@ -347,6 +347,8 @@ def test_compacted_models_are_repaired_before():
     small = fxlean.compact(model, x[:1])
     with pytest.raises(fxlean.ArgumentError, match=r"repair before fxlean\.compact"):
         fxlean.repair(small, x, reference)
+    with pytest.raises(fxlean.ArgumentError, match=r"no masks.*repair before fxlean\.compact"):
+        fxlean.repair(small, x)
 
 
 def test_a_broken_reference_is_told_by_layer():
@@ -381,6 +383,18 @@ def test_rounds_of_pruning_and_repair():
     with torch.no_grad():
         error = (model(x) - reference(x)).square().mean() / reference(x).var()
     assert error.sqrt() < 1.5 * results[-1].repair.after
+
+
+def test_rounds_trace_the_reference_once(monkeypatch):
+    model, x = residual_network()
+    traced, trace = [], running.trace_model
+    monkeypatch.setattr(
+        running,
+        "trace_model",
+        lambda network, *given: traced.append(network) or trace(network, *given),
+    )
+    list(fxlean.iterate(model, 0.5, 3, method="l1", calibration=x, repair=True))
+    assert sum(network is not model for network in traced) == 1
 
 
 def test_rounds_on_noise_and_with_batches_that_are_read_once():

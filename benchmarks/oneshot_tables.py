@@ -1,0 +1,111 @@
+"""Tables of `docs/results.md` and a figure, from what `oneshot.py` has measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from trained import NETWORKS, ROOT  # first: it makes the examples importable
+
+from circle_square import replacing  # isort: skip
+
+COLUMNS = ("as pruned", "statistics", "repaired", "rounds", "distilled", "rounds on noise")
+MARKS = ("<!-- tables: benchmarks/oneshot.py -->", "<!-- end of tables of oneshot.py -->")
+PAGE = ROOT / "docs" / "results.md"
+FIGURE = ROOT / "docs" / "images" / "oneshot.png"
+Found = Mapping[tuple[str, int, str, float, str], float]
+
+
+def values(found: Found, network: str, method: str, ratio: float, column: str) -> list[float]:
+    """What was measured of all seeds."""
+    wanted = (network, method, ratio, column)
+    return [value for (name, _, *rest), value in found.items() if (name, *rest) == wanted]
+
+
+def cell(numbers: Sequence[float]) -> str:
+    """Mean and standard error, as far as they are known."""
+    if not numbers:
+        return ""
+    if len(numbers) < 2:
+        return f"{np.mean(numbers):.3f}"
+    return f"{np.mean(numbers):.3f} ± {np.std(numbers, ddof=1) / len(numbers) ** 0.5:.3f}"
+
+
+def format_network(
+    found: Found, network: str, methods: Sequence[str], ratios: Sequence[float]
+) -> str:
+    """The table of one network."""
+    unpruned = values(found, network, "", 1.0, "unpruned")
+    seeds = "1 seed" if len(unpruned) == 1 else f"{len(unpruned)} seeds"
+    lines = [f"**{network}**, {seeds}, unpruned {cell(unpruned)}:", ""]
+    lines += [f"| method | kept | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for method in methods:
+        for ratio in ratios:
+            cells = [cell(values(found, network, method, ratio, name)) for name in COLUMNS]
+            if network.endswith(("MS-D", "group norm")):
+                cells[1] = ""  # has no batch norms
+            if any(cells):
+                lines.append(f"| {method} | {ratio:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def format_tuning(found: Found) -> str:
+    """Accuracies after fine-tuning, in columns by where it began and for how long."""
+    names = list(dict.fromkeys(key[4] for key in found if key[4].endswith("epochs")))
+    rows = sorted({(key[0], key[3], key[2]) for key in found if key[4].endswith("epochs")})
+    if not rows:
+        return ""
+    names.sort(key=lambda name: (name.split(",")[0], int(name.split()[1])))
+    lines = [f"| network | kept | method | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
+    for network, ratio, method in rows:
+        cells = [cell(values(found, network, method, ratio, name)) for name in names]
+        lines.append(f"| {network} | {ratio:g} | {method} | {' | '.join(cells)} |")
+    return "\n".join(
+        ["**Fine-tuned with labels**, after pruning alone and after rounds:", "", *lines]
+    )
+
+
+def draw(found: Found, methods: Sequence[str], ratios: Sequence[float]) -> None:
+    """Accuracy against kept kernels, as pruned (dotted) and repaired (lines), for each network."""
+    networks = [name for name in NETWORKS if any(key[0] == name for key in found)]
+    figure = Figure(figsize=(3.2 * len(networks), 3.6), layout="constrained")
+    for axes, network in zip(
+        np.atleast_1d(figure.subplots(1, len(networks))), networks, strict=True
+    ):
+        axes.axhline(np.mean(values(found, network, "", 1.0, "unpruned")), color="grey", lw=0.8)
+        for number, method in enumerate(methods):
+            for column, style in (("as pruned", ":"), ("repaired", "-"), ("rounds", "--")):
+                if column == "rounds" and method != "relevance":
+                    continue
+                points = {r: values(found, network, method, r, column) for r in ratios}
+                points = {r: v for r, v in points.items() if v}
+                label = f"{method}, {column}" if method == "relevance" else method
+                label = label if column != "as pruned" or method == "relevance" else None
+                axes.plot(
+                    *(list(points), [np.mean(v) for v in points.values()], style),
+                    **{"color": f"C{number}", "marker": ".", "label": label},
+                )
+        axes.set(xscale="log", title=network, xlabel="fraction of kernels kept")
+        axes.set_xticks(ratios, labels=[f"{ratio:g}" for ratio in ratios])
+        axes.minorticks_off()
+        axes.invert_xaxis()
+    figure.axes[0].set_ylabel("accuracy, without training")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    with replacing(FIGURE) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def publish(found: Found, methods: Sequence[str], ratios: Sequence[float]) -> None:
+    """The figure, and the tables between the marks of the page."""
+    draw(found, methods, ratios)
+    networks = [name for name in NETWORKS if any(key[0] == name for key in found)]
+    tables = [format_network(found, network, methods, ratios) for network in networks]
+    text = "\n\n".join(filter(None, [*tables, format_tuning(found)]))
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    _, mark, after = rest.partition(MARKS[1])
+    if not mark:
+        raise SystemExit(f"{PAGE} has no {MARKS[0]} ... {MARKS[1]} for the tables to go to.")
+    with replacing(PAGE) as partial:
+        partial.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
