@@ -24,6 +24,7 @@ from .pruning.prune_model import prune, trace
 from .pruning.result import PruneResult
 from .pruning.rounds import iterate
 from .pruning.schedules import schedule
+from .version import __version__
 
 # The path that `register` documents, wherever the rules lie.
 sys.modules[f"{__name__}.rules"] = rules
@@ -39,6 +40,7 @@ __all__ = [
     "RepairResult",
     "Report",
     "TraceError",
+    "__version__",
     "compact",
     "distill",
     "iterate",
