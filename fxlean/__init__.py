@@ -25,6 +25,7 @@ from .pruning.result import PruneResult
 from .pruning.rounds import iterate
 from .pruning.schedules import schedule
 from .pruning.shrinking import shrink
+from .version import __version__
 
 # The path that `register` documents, wherever the rules lie.
 sys.modules[f"{__name__}.rules"] = rules
@@ -40,6 +41,7 @@ __all__ = [
     "RepairResult",
     "Report",
     "TraceError",
+    "__version__",
     "compact",
     "distill",
     "iterate",

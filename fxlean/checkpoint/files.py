@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +17,7 @@ from ..masking import masked, remove_masks
 from ..nn import RefreshMasks
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.sandbox import on_cpu, untouched
+from ..version import __version__
 from .layout import dense_shapes, forms, is_rewritten, named_tensors
 from .packing import packed
 from .reading import FORMAT, KEY, check_fit, read
@@ -66,7 +66,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     header = {
         "format": FORMAT,
-        "fxlean": version("fxlean"),
+        "fxlean": __version__,
         "torch": str(torch.__version__),
         "model": type(model).__name__,
         "shapes": dense_shapes(model),

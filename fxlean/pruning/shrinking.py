@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..calibration.batches import example_and_batches
 from ..calibration.distillation import distill as distill_model
@@ -26,7 +27,7 @@ from .rounds import iterate
 
 HELD = 8  # one in so many samples tells the error of the outputs
 ROUNDS = 3
-FACTOR = 0.85  # what a round leaves where a tolerance says when to stop
+FACTOR, FINEST = 0.7, 0.95  # what a round leaves where a tolerance says when to stop, and the last
 SMALLEST = 0.01
 
 
@@ -94,8 +95,8 @@ def shrink(
         distill_model(work, data, bare, distill, progress=progress)
     small = compact(work, example)
     if progress is not False:
-        print(report(small, example, before=bare))
-        print(f"relative error of the outputs on held-out samples: {error_of(small):.4f}")
+        tqdm.write(str(report(small, example, before=bare)))
+        tqdm.write(f"relative error of the outputs on held-out samples: {error_of(small):.4f}")
     return small
 
 
@@ -138,7 +139,7 @@ def _within(
     """The network pruned as far as the error of its outputs allows, in ever smaller steps."""
     known: Known = {}
     ratio, factor, best = 1.0, FACTOR, work
-    while factor < 0.98 and ratio > SMALLEST:
+    while factor < FINEST and ratio > SMALLEST:
         trial = copied(best)
         try:
             prune(trial, ratio * factor, example, **options)
