@@ -109,20 +109,20 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
                 yield f"{name}, {epochs} epochs", task.accuracy(network)
 
 
-def read() -> dict[Key, float]:
+def read(measured: Path = MEASURED) -> dict[Key, float]:
     """What was measured before."""
-    if not MEASURED.exists():
+    if not measured.exists():
         return {}
-    rows = json.loads(MEASURED.read_text())
+    rows = json.loads(measured.read_text())
     return {
         (network, seed, method, ratio, name): v for network, seed, method, ratio, name, v in rows
     }
 
 
-def write(found: dict[Key, float]) -> None:
+def write(found: dict[Key, float], measured: Path = MEASURED) -> None:
     """Everything measured so far, one line each."""
     lines = [json.dumps([*key, round(value, 5)]) for key, value in sorted(found.items())]
-    with replacing(MEASURED) as partial:
+    with replacing(measured) as partial:
         partial.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 

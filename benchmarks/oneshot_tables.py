@@ -102,10 +102,14 @@ def publish(found: Found, methods: Sequence[str], ratios: Sequence[float]) -> No
     draw(found, methods, ratios)
     networks = [name for name in NETWORKS if any(key[0] == name for key in found)]
     tables = [format_network(found, network, methods, ratios) for network in networks]
-    text = "\n\n".join(filter(None, [*tables, format_tuning(found)]))
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    _, mark, after = rest.partition(MARKS[1])
+    insert(MARKS, "\n\n".join(filter(None, [*tables, format_tuning(found)])))
+
+
+def insert(marks: tuple[str, str], text: str) -> None:
+    """Put tables between two marks of the page of results."""
+    before, _, rest = PAGE.read_text().partition(marks[0])
+    _, mark, after = rest.partition(marks[1])
     if not mark:
-        raise SystemExit(f"{PAGE} has no {MARKS[0]} ... {MARKS[1]} for the tables to go to.")
+        raise SystemExit(f"{PAGE} has no {marks[0]} ... {marks[1]} for the tables to go to.")
     with replacing(PAGE) as partial:
-        partial.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+        partial.write_text(f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}")

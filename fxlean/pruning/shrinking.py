@@ -58,7 +58,8 @@ def shrink(
         tolerance: in place of a ratio, the relative error of the outputs (mean squared error over
             variance) on held-out samples up to which the network shrinks.
         rounds: of pruning and repair, on the way to the ratio.
-        distill: steps of `fxlean.distill` at the end.
+        distill: steps of `fxlean.distill` at the end, whose result is kept if it is better on the
+            samples held out.
         example_inputs: as for `prune`; if left out, the first batch.
         progress: show bars, and print what was done; by default bars on a terminal only. Nothing
             is shown or printed if False.
@@ -92,7 +93,9 @@ def shrink(
         for _ in iterate(work, ratio, rounds, example, repair=True, **given):
             pass
     if distill:
-        distill_model(work, data, bare, distill, progress=progress)
+        trained = copied(work)
+        distill_model(trained, data, bare, distill, progress=progress)
+        work = min(work, trained, key=error_of)
     small = compact(work, example)
     if progress is not False:
         tqdm.write(str(report(small, example, before=bare)))
