@@ -16,21 +16,21 @@ from pathlib import Path
 import torch
 from torchvision.models import get_model_builder
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from fxlean.compaction.units import units_of
 from fxlean.tracing.tracer import trace_model
 from tests.support.torchvision_models import backbone, inputs_of
 
-PAGE = ROOT / "docs" / "channels.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "channels.md"
 MARKS = ("<!-- table: benchmarks/pinned.py -->", "<!-- end of table -->")
-NAMES = """
-alexnet convnext_tiny deeplabv3_mobilenet_v3_large densenet121 efficientnet_b0 efficientnet_v2_s
-fcn_resnet50 googlenet inception_v3 lraspp_mobilenet_v3_large maxvit_t mnasnet1_0 mobilenet_v2
-mobilenet_v3_small regnet_x_400mf regnet_y_400mf resnet18 resnet50 resnext50_32x4d
-shufflenet_v2_x1_0 squeezenet1_1 swin_t swin_v2_t vgg11_bn vit_b_16
-""".split()
+NAMES = (
+    *("convnext_tiny", "deeplabv3_mobilenet_v3_large", "densenet121", "efficientnet_b0"),
+    *("efficientnet_v2_s", "fcn_resnet50", "googlenet", "inception_v3"),
+    *("lraspp_mobilenet_v3_large", "maxvit_t", "mnasnet1_0", "mobilenet_v2"),
+    *("mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnet50"),
+    *("resnext50_32x4d", "shufflenet_v2_x1_0", "squeezenet1_1", "swin_t", "vgg11_bn", "vit_b_16"),
+)
 
 
 def row(name: str) -> str:
