@@ -35,6 +35,7 @@ FEATURES = (
     "cache",
     "changing hook",
     "double",
+    "draws numbers",
     "frozen",
     "group norm",
     "interrupted",
@@ -117,6 +118,8 @@ class Featured(nn.Module):
     def forward(self, x: Tensor) -> Any:
         if "interrupted" in self.features:
             Countdown.tick()
+        if "draws numbers" in self.features:
+            x = x + 0 * (torch.rand(()) + random.random() + np.random.rand())  # noqa: NPY002
         if "looks at its data" in self.features and bool(x.abs().max() > 1e9):
             x = x / 2
         if "cache" in self.features:
