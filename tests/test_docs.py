@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxlean
 from fxlean.nn import Selected
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -59,11 +60,23 @@ def test_every_way_of_shipping(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*isinstance.*LeafSpec.*:FutureWarning"
 )
-def test_training_loops(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["index.md", "training.md"])
+def test_pages_whose_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    for _, code in blocks("training.md"):
+    for _, code in blocks(page):
         exec(code, names)
+
+
+def test_the_site_is_built_without_a_warning_and_has_every_page(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for page in DOCS.glob("*.md"):
+        assert f": {page.name}\n" in (DOCS.parent / "mkdocs.yml").read_text()
+    reference = (tmp_path / "reference/index.html").read_text()
+    for name in set(fxlean.__all__) - {"rules", "__version__"}:
+        assert f'id="fxlean.{name}"' in reference
 
 
 @pytest.mark.parametrize("size", [(2, 5, 8, 8), (2, 5, 8), (2, 5)])
