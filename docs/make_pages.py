@@ -33,7 +33,7 @@ compaction.exported: layers needs writer
 compaction: verify attempts units
 checkpoint: packing rebuild reading files
 pruning: prunable lengths masks progress ranks result channels latency targets options choice
-pruning: prune_model schedules rounds shrinking
+pruning: networks prune_model schedules rounds shrinking
 lightning
 """
 BEGIN, END = "<!-- modules -->\n", "<!-- /modules -->\n"

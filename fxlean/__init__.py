@@ -20,7 +20,8 @@ from .errors import (
     TraceError,
 )
 from .norms.operator import operator_norms
-from .pruning.prune_model import prune, trace
+from .pruning.networks import trace
+from .pruning.prune_model import prune
 from .pruning.result import PruneResult
 from .pruning.rounds import iterate
 from .pruning.schedules import schedule

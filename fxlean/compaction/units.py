@@ -107,6 +107,7 @@ def units_of(model: nn.Module, trace: Trace) -> Units:
     raise AssertionError("without assumptions there is nothing to try")
 
 
+@on_cpu()
 def _labels(slots: Slots) -> Tensor:
     """The unit of every slot, -1 where it stays."""
     tied = {applied.layer for applied in slots.applications if applied.diagonal}

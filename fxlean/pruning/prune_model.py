@@ -1,40 +1,29 @@
-"""The front door: `prune` and `trace`."""
+"""The front door: `prune`."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..calibration.batches import example_and_batches
 from ..calibration.reference import fingerprint, is_unpruned, remember
-from ..calibration.shares import shares_of
-from ..channels.graph import ChannelGraph
-from ..channels.walk import Wired, wire
-from ..errors import ArgumentError, PruneWarning, warn
+from ..channels.walk import wire
+from ..errors import PruneWarning, warn
 from ..selection.methods import METHODS, SHARE
-from ..tracing.arguments import (
-    check_finite,
-    resolve_ignored,
-    unwrapped,
-)
-from ..tracing.inputs import Arguments
-from ..tracing.sandbox import on_cpu
-from ..tracing.tracer import Trace, trace_model
+from ..tracing.arguments import check_finite, unwrapped
+from ..tracing.tracer import trace_model
 from .choice import choose_channels, choose_kernels
 from .latency import latency_on
-from .lengths import with_norms
 from .masks import apply_masks, parameter_masks
+from .networks import example_and_data, network_of, paused_collection, with_lengths
 from .options import LATENCY, check
 from .progress import Stages
-from .prunable import LINEAR, OUTPUT, Network, find_prunable
+from .prunable import Network
 from .ranks import agreed
-from .result import LayerCount, PruneResult, by_reason, times
+from .result import LayerCount, PruneResult, times
 from .targets import Target, least_of
 
 
@@ -137,14 +126,14 @@ def prune(
     from ..selection.liveness import used_kernels, zero_channels
 
     eager = torch.inference_mode(False)  # masks are to be ordinary tensors
-    with eager, _paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
+    with eager, paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
         stages.start("trace")
-        example_inputs, batches = _data(model, example_inputs, order, calibration)
+        example_inputs, batches = example_and_data(model, example_inputs, order, calibration)
         trace = trace_model(model, example_inputs)
         wired = wire(model, trace)
-        network = _network(model, wired, ignore, prune_outputs, linear)
+        network = network_of(model, wired, ignore, prune_outputs, linear)
         stages.start("norms")
-        graph = _filled(model, trace, wired, network, batches, order, gains=chosen.gains)
+        graph = with_lengths(model, trace, wired, network, batches, order, gains=chosen.gains)
         check_finite(model, network.used)
         stages.start("select")
         names = [layer.name for layer in graph.layers]
@@ -186,46 +175,6 @@ def prune(
     return result
 
 
-def trace(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    ignore: Any = (),
-    norm: str = "spectral",
-    prune_outputs: bool = False,
-    include_linear: bool = False,
-    calibration: Any = None,
-) -> ChannelGraph:
-    """The channels of a model, the edges between them, and their lengths.
-
-    Arguments and errors are those of `prune`; the model is not changed. With `norm="share"` the
-    lengths are shares of variance, as for the method "relevance".
-    """
-    check(
-        model,
-        norm=norm,
-        ignore=ignore,
-        prune_outputs=prune_outputs,
-        include_linear=include_linear,
-    )
-    model = unwrapped(model)
-    with torch.inference_mode(False), _paused_collection():
-        example_inputs, batches = _data(model, example_inputs, norm, calibration)
-        traced = trace_model(model, example_inputs)
-        wired = wire(model, traced)
-        network = _network(model, wired, ignore, prune_outputs, include_linear)
-        return _filled(model, traced, wired, network, batches, norm, gains=True)
-
-
-def _data(
-    model: nn.Module, example_inputs: Any, order: str, calibration: Any
-) -> tuple[Any, Iterator[Arguments]]:
-    """Inputs to trace with, and the batches for an order of lengths that asks data."""
-    if order != SHARE:
-        return example_inputs, iter(())
-    return example_and_batches(model, example_inputs, calibration)
-
-
 def _kind(order: str, calibration: Any) -> str:
     """Which data were asked for lengths of an order."""
     if order != SHARE:
@@ -233,66 +182,10 @@ def _kind(order: str, calibration: Any) -> str:
     return "noise" if calibration is None else "batches"
 
 
-def _filled(
-    model: nn.Module,
-    trace: Trace,
-    wired: Wired,
-    network: Network,
-    batches: Iterator[Arguments],
-    order: str,
-    *,
-    gains: bool,
-) -> ChannelGraph:
-    """The graph with lengths of an order: norms of kernels, or shares on batches."""
-    if order != SHARE:
-        return with_norms(network, order, gains=gains)
-    return network.graph.with_lengths(shares_of(model, network.graph, trace, wired, batches))
-
-
-@on_cpu()
-@torch.no_grad()
-def _network(
-    model: nn.Module, wired: Wired, ignore: Any, prune_outputs: bool, include_linear: bool
-) -> Network:
-    """What there is to prune in a traced model."""
-    network = find_prunable(
-        model,
-        wired,
-        resolve_ignored(model, ignore),
-        prune_outputs=prune_outputs,
-        include_linear=include_linear,
-    )
-    if network.graph.num_kernels == 0:
-        reasons = "; ".join(by_reason(network.skipped))
-        could = {OUTPUT, LINEAR}.intersection(network.skipped.values())
-        raise ArgumentError(
-            f"{type(model).__name__} has no convolution to prune ({reasons or 'none was found'}). "
-            + (
-                "Pass prune_outputs=True to prune the layers that make the output, or "
-                "include_linear=True to prune linear layers."
-                if could
-                else "Change what keeps these layers from being pruned first."
-            )
-        )
-    return network
-
-
 def _share(model: nn.Module, network: Network) -> float:
     """The fraction of the elements of all parameters that prunable kernels hold."""
     prunable = sum(weight.value.numel() for weight in network.weights)
     return prunable / sum(parameter.numel() for parameter in model.parameters())
-
-
-@contextmanager
-def _paused_collection() -> Iterator[None]:
-    """No garbage collection: it would look at all objects of torch, again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _generator(method: str) -> np.random.Generator:
