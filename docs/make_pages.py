@@ -17,6 +17,7 @@ version
 errors
 pictures
 nn
+ranks
 masking
 tracing: leaves snapshot sandbox arguments inputs functions hooks rehearsal witness tracer
 norms: suprema operator
@@ -32,7 +33,7 @@ compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer
 compaction: verify attempts units
 checkpoint: packing rebuild reading files
-pruning: prunable lengths masks progress ranks result channels latency targets options choice
+pruning: prunable lengths masks progress result channels latency targets options choice
 pruning: networks prune_model schedules rounds shrinking
 lightning
 """

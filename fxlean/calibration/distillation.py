@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError
 from ..masking import refresh_masks
+from ..ranks import copy_first
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments, call
 from .batches import read_batches
@@ -39,7 +40,8 @@ def distill(
     `steps` steps of Adam, one batch each, over and over, on the mean squared difference of every
     floating-point tensor that the model returns, relative to its variance. Masks stay on, and
     parameters that do not require gradients stay. Batch norms run in training mode, and their
-    statistics are measured anew at the end; everything else, dropout too, is in eval mode.
+    statistics are measured anew at the end; everything else, dropout too, is in eval mode. In a
+    process group every rank must distill, and all get what the first has learned.
 
     Args:
         model: any module, best after rounds of pruning and repair. If training fails it is put
@@ -70,6 +72,7 @@ def distill(
         with batch_norms_training(model), bar:
             _train(model, data, targets, falling, bar)
         measure_statistics(model, data)
+        copy_first(model)
     except Exception:  # whatever: the model is to be as it was
         put_back(values)
         raise

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError
 from ..masking import refresh_masks
+from ..ranks import copy_first
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import tensors_in
@@ -56,7 +57,8 @@ def repair(
     channel takes what is best there, or stays as it is.
 
     Masks, masked elements, types, devices and parameters that do not require gradients stay as they
-    are. A model that fails to be repaired is left as it was.
+    are. A model that fails to be repaired is left as it was. In a process group every rank must
+    repair, and all get what the first has found on its batches.
 
     Args:
         model: pruned by `prune`, or by any masks or zeros of your own. Compact it afterwards.
@@ -104,6 +106,7 @@ def repair_towards(
         if after > before:
             put_back(values)
             after = before
+        copy_first(model)
     except BaseException:
         put_back(values)
         raise

@@ -12,6 +12,7 @@ from torch import nn
 from ..calibration.reference import fingerprint, is_unpruned, remember
 from ..channels.walk import wire
 from ..errors import PruneWarning, warn
+from ..ranks import agreed
 from ..selection.methods import METHODS, SHARE
 from ..tracing.arguments import check_finite, unwrapped
 from ..tracing.tracer import trace_model
@@ -22,7 +23,6 @@ from .networks import example_and_data, network_of, paused_collection, with_leng
 from .options import LATENCY, check
 from .progress import Stages
 from .prunable import Network
-from .ranks import agreed
 from .result import LayerCount, PruneResult, times
 from .targets import Target, least_of
 

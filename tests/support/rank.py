@@ -67,6 +67,23 @@ def check_masks(rank: int, method: str, wrapped: bool, broadcast: bool) -> None:
         assert name not in masks or torch.equal(mask, masks[name]), (case, name)
 
 
+def check_repair(rank: int) -> None:
+    """What one rank has repaired and distilled on its batches is the same on all."""
+    model = network(0)
+    reference = copy.deepcopy(model)
+    torch.manual_seed(rank)
+    batches = [torch.randn(16, 3, 12, 12) for _ in range(2)]
+    fxlean.prune(model, 0.5, batches[0], granularity="channel", of="macs", method="l1")
+    for step in (
+        lambda: fxlean.repair(model, batches, reference),
+        lambda: fxlean.distill(model, batches, reference, 2),
+    ):
+        before = digest(model)
+        step()
+        assert digest(model) != before
+        assert len(everywhere(digest(model))) == 1
+
+
 def check_refusals(rank: int) -> None:
     """Sharded models are refused, and still work."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -87,6 +104,7 @@ def main() -> None:
     for wrapped, broadcast in itertools.product((True, False), (True, False)):
         for method in ("lean", "random"):
             check_masks(rank, method, wrapped, broadcast)
+    check_repair(rank)
     check_refusals(rank)
     print(f"rank {rank}: same")
     dist.destroy_process_group()

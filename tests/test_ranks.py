@@ -1,13 +1,13 @@
-"""Several ranks: the same masks on all of them."""
+"""Several ranks: the same masks, repairs and distilled weights on all of them."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from fxlean.pruning.ranks import agreed
+from fxlean.ranks import agreed
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 
 
 def test_without_a_process_group_a_choice_is_ones_own():
