@@ -1,5 +1,7 @@
 """The scripts of the Circle-Square experiment, at a size that takes seconds."""
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from circle_square import CLASSES, SCALES, Scale, draw_image
 
 from adapters.msd import MSD
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = Scale(
     size=32,
     objects=4,
@@ -222,3 +225,20 @@ def test_other_checkpoints_are_refused_and_kept(tmp_path, monkeypatch):
     (tmp_path / "msd.pt").write_bytes(b"half a file")
     with pytest.raises(SystemExit, match="is no checkpoint"):
         train_msd.main(arguments)
+
+
+def test_several_processes_prune_repair_and_tune_together():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(ROOT / "examples" / "finetune_ddp.py")
+    done = subprocess.run(
+        [*command, script, "--epochs", "1", "--steps", "1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if "right" in line]
+    assert [line.split(":")[0] for line in lines][-2:] == ["fine-tuned", "compacted"]
+    tuned, compacted = (line.split()[1] for line in lines[-2:])
+    assert tuned == compacted

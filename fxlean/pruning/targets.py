@@ -20,6 +20,7 @@ from ..selection.methods import Method
 from ..tracing.arguments import resolve_ignored
 from .channels import Channels, Flags
 from .prunable import Network
+from .result import by_reason
 
 COUNTED = ("kernels", "parameters", "macs")
 CLOSE = 0.005  # a measured target is met within this fraction of it
@@ -125,6 +126,8 @@ def units_within(
     of = target.of if isinstance(target.of, str) else "macs"
     costs = unit_costs(channels, of, target.least)
     gone = channels.gone()
+    reasons = "; ".join(by_reason(channels.units.pinned))
+    pinned = f" (all channels stay of {reasons})" if reasons else ""
     fixed = totals[of] - costs.total(np.zeros_like(gone))
     steps = removal_order(costs, scores, gone, target.round_to)
     if isinstance(target.of, str):
@@ -135,7 +138,7 @@ def units_within(
             gone[members] = True
             left = fixed + total
         if left > limit * (1 + 1e-9):
-            raise _unreachable(target.of, target.ratio, left / totals[of], "channels")
+            raise _unreachable(target.of, target.ratio, left / totals[of], "channels", pinned)
         return gone
     removed = [members for members, _ in steps]
 
@@ -147,7 +150,7 @@ def units_within(
     def after(kept: int) -> float:
         return measured(without(len(removed) - kept))
 
-    kept = _largest_within(after, len(removed), target.ratio, "channels", target.of)
+    kept = _largest_within(after, len(removed), target.ratio, "channels", target.of, pinned)
     return without(len(removed) - kept)
 
 
@@ -217,6 +220,7 @@ def _largest_within(
     ratio: float,
     what: str,
     of: str | Callable[[nn.Module], float],
+    pinned: str = "",
 ) -> int:
     """The largest number, up to `most`, for which no more than `ratio` is left, nearly.
 
@@ -227,7 +231,7 @@ def _largest_within(
     low, high = 0, most
     below, above = left(low), 1.0
     if below > ratio:
-        raise _unreachable(of, ratio, below, what)
+        raise _unreachable(of, ratio, below, what, pinned)
     for trial in range(TRIALS if callable(of) else 4 * TRIALS):
         if high - low <= 1 or below >= ratio * (1 - CLOSE):
             break
@@ -241,10 +245,10 @@ def _largest_within(
     return low
 
 
-def _unreachable(of: Any, ratio: float, least: float, what: str) -> ArgumentError:
+def _unreachable(of: Any, ratio: float, least: float, what: str, pinned: str) -> ArgumentError:
     name = of if isinstance(of, str) else getattr(of, "__name__", "cost")
     return ArgumentError(
         f"ratio is {ratio:g}, but {least:.1%} of the {name} stay when all {what} are gone that may "
-        f"go. Pass a ratio of at least {least + 5e-4:.3f}, or free more: with less in at_least and "
-        "ignore, or a smaller round_to."
+        f"go{pinned}. Pass a ratio of at least {least + 5e-4:.3f}, or free more: with less in "
+        "at_least, ignore or round_to."
     )
