@@ -268,7 +268,7 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone(monkeypatch):
     reference = pruned(model, 0.5, x)
     before = state(model)
     errors = iter([0.5, 0.6])
-    monkeypatch.setattr(repair_model, "_error", lambda *_: next(errors))
+    monkeypatch.setattr(repair_model, "output_error", lambda *_: next(errors))
     result = fxlean.repair(model, x, reference)
     assert (result.before, result.after) == (0.5, 0.5)
     assert same_state(model.state_dict(), before)

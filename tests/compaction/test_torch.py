@@ -267,7 +267,7 @@ def test_frozen_layers_stay_frozen(name):
     ("name", "frozen", "expected"),
     [
         ("functional", "weight2_orig", {"weight2.weight"}),
-        ("dense_in_place", "bias", {f"weight{i}.bias" for i in range(4)}),
+        ("dense_in_place", "bias_orig", {f"weight{i}.bias" for i in range(4)}),
         ("computed_weights", "6.weight", {"6.weight"}),
     ],
 )
