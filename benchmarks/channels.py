@@ -39,11 +39,12 @@ TUNED = (0.5, 0.25, 0.15)  # what is fine-tuned
 ROUNDS = 3
 STEPS = 200  # of distillation
 EPOCHS = (1, 3)
+RATES = {"full rate": 1.0, "low rate": 0.1}  # fractions of the rate of the training
 STAGES = ("once", "rounds", "tuned")
 COLUMNS = {
     "once": ("as pruned", "statistics", "repaired"),
     "rounds": ("rounds", "distilled"),
-    "tuned": tuple(f"{n} epochs" if n > 1 else "1 epoch" for n in EPOCHS),
+    "tuned": tuple(f"{n} epochs, {rate}" for rate in RATES for n in EPOCHS),
 }
 MEASURED = ROOT / "benchmarks" / "channels.json"
 MARKS = ("<!-- tables: benchmarks/channels.py -->", "<!-- end of tables of channels.py -->")
@@ -88,12 +89,13 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
         fxlean.distill(model, task.batches, task.model, STEPS, progress=False)
         yield "distilled", task.accuracy(model)
     else:
-        for column, epochs in zip(COLUMNS["tuned"], EPOCHS, strict=True):
+        for column in COLUMNS["tuned"]:
+            count, _, rate = column.partition(" epochs, ")
             torch.manual_seed(0)
             network: nn.Module = copy.deepcopy(model)
             if method not in PEERS:
                 network = fxlean.compact(network, x)
-            task.tune(network, epochs)
+            task.tune(network, int(count), RATES[rate])
             yield column, task.accuracy(network)
 
 

@@ -105,7 +105,7 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
             for epochs in EPOCHS:
                 torch.manual_seed(0)
                 network = fxlean.compact(start, task.batches[0][:1])
-                task.tune(network, epochs)
+                task.tune(network, epochs, 1.0)
                 yield f"{name}, {epochs} epochs", task.accuracy(network)
 
 

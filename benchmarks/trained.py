@@ -42,14 +42,14 @@ class Task:
         model: the network.
         batches: unlabelled training images.
         accuracy: of a network on the test images.
-        tune: trains a network for some epochs.
+        tune: trains a network for some epochs, at a fraction of the rate of its training.
         known: graphs of the network, which repairs of its copies need not trace anew.
     """
 
     model: nn.Module
     batches: list[Tensor]
     accuracy: Callable[[nn.Module], float]
-    tune: Callable[[nn.Module, int], None]
+    tune: Callable[[nn.Module, int, float], None]
     known: Known = field(default_factory=dict)
 
 
@@ -140,8 +140,8 @@ def digits(build: Callable[[], nn.Module], seed: int) -> Task:
     return Task(model, batches, lambda network: accuracy(network, test), tune)
 
 
-def _tune_digits(data: Data, model: nn.Module, epochs: int) -> None:
-    quickstart.train(model, data, epochs, peak_rate=0.01)
+def _tune_digits(data: Data, model: nn.Module, epochs: int, part: float) -> None:
+    quickstart.train(model, data, epochs, peak_rate=0.01 * part)
 
 
 def circle_square(build: Callable[[], nn.Module], seed: int) -> Task:
@@ -153,12 +153,13 @@ def circle_square(build: Callable[[], nn.Module], seed: int) -> Task:
     return Task(build(), batches, lambda network: pixel_accuracy(network, splits["test"]), tune)
 
 
-def _tune_pixels(data: Data, model: nn.Module, epochs: int) -> None:
+def _tune_pixels(data: Data, model: nn.Module, epochs: int, part: float) -> None:
     """Adam, at half of the rate of the experiment for the second half of the epochs."""
-    optimizer = torch.optim.Adam(model.parameters(), SCALE.rate)
+    rate = SCALE.rate * part
+    optimizer = torch.optim.Adam(model.parameters(), rate)
     for epoch in range(epochs):
         for group in optimizer.param_groups:
-            group["lr"] = SCALE.rate * (1.0 if epoch < epochs / 2 else 0.2)
+            group["lr"] = rate * (1.0 if epoch < epochs / 2 else 0.2)
         train_epoch(model, data, optimizer, SCALE.batch, epoch)
 
 
@@ -180,7 +181,7 @@ def trained(name: str, seed: int, folder: Path) -> Task:
     if path.exists():
         task.model.load_state_dict(torch.load(path))
     else:
-        task.tune(task.model, epochs)
+        task.tune(task.model, epochs, 1.0)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(task.model.state_dict(), path)
     task.model.eval()
