@@ -16,7 +16,7 @@ from ..ranks import copy_first
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import tensors_in
-from ..tracing.sandbox import on_cpu
+from ..tracing.sandbox import on_cpu, same_random_states
 from .batches import example_and_batches
 from .corrections import (
     OTHER_DATA,
@@ -101,7 +101,8 @@ def repair_towards(
         held = held_out([batch_size(batch) for batch in data])
         wanted = outputs_of(reference, data)
         before = output_error(outputs_of(model, data), wanted, held)
-        layers, skipped = _repair_all(model, reference, data, held, known, steps, progress)
+        with same_random_states(model):
+            layers, skipped = _repair_all(model, reference, data, held, known, steps, progress)
         after = output_error(outputs_of(model, data), wanted, held)
         if after > before:
             put_back(values)

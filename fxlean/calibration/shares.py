@@ -22,6 +22,7 @@ from ..channels.wiring import Block
 from ..errors import ArgumentError
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import tensors_in
+from ..tracing.sandbox import same_random_states
 from ..tracing.tracer import Trace
 from .contributions import Contributions
 from .moments import Moments
@@ -61,8 +62,9 @@ def shares_of(
     for batch in batches:
         found, own = traced(model, batch, known)
         _check_same(wired, own)
-        for piece, walked in zip(found.pieces, own.walks, strict=True):
-            measured.add(Running(model, piece, piece.inputs or tensors_in(batch)), walked)
+        with same_random_states(model):
+            for piece, walked in zip(found.pieces, own.walks, strict=True):
+                measured.add(Running(model, piece, piece.inputs or tensors_in(batch)), walked)
     shares = np.ones_like(graph.lengths)
     for block in wired.wiring.blocks:
         variances = measured.contributions[block.first].variances().cpu().numpy()

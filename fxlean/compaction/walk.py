@@ -12,7 +12,7 @@ from torch import fx, nn
 from ..channels.rules.movements import moves
 from ..channels.walk import source, walk
 from ..channels.weights import Constants
-from ..tracing.sandbox import on_cpu
+from ..tracing.sandbox import on_cpu, same_random_states
 from ..tracing.tracer import Trace
 from .rules import apply_rule
 from .slots import Application, Slots
@@ -39,7 +39,10 @@ def slots_of(model: nn.Module, trace: Trace, follow: Collection[Any]) -> Slots:
         uses.update({name: len(node.users) for node, (name, _) in state.items()})
         constants = Constants(piece.graph, state, moves, owners)
         sources = [source(slots, tuple(node.meta["val"].shape)) for node in piece.input_nodes]
-        env = walk(piece, slots, constants, sources, lambda site: apply_rule(site, slots, follow))
+        with same_random_states(model):
+            env = walk(
+                piece, slots, constants, sources, lambda site: apply_rule(site, slots, follow)
+            )
         slots.walked = "output"
         for node in piece.output_nodes:
             if node in env:

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ def untouched(model: nn.Module, *, always: bool = True) -> Iterator[None]:
     With `always=False` only if the block raises, and random states never. Values that the block
     writes into tensors in place are put back for buffers, not for parameters and masks.
     """
-    with LOCK, _random_states(model, enabled=always):
+    with LOCK, same_random_states(model) if always else nullcontext():
         before = Snapshot(model)
         done = False
         try:
@@ -43,11 +43,11 @@ def untouched(model: nn.Module, *, always: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states(model: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Put back the random states of torch, numpy and Python on leaving."""
-    if not enabled:
-        yield
-        return
+def same_random_states(model: nn.Module) -> Iterator[None]:
+    """Put back the random states of torch, numpy and Python on leaving.
+
+    Wherever operators of a graph are run: some of them draw numbers.
+    """
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the one of models
     with torch.random.fork_rng(list(devices)):

@@ -1,5 +1,6 @@
 """One thread at a time, as eager code, and every custom function as its forward pass."""
 
+import copy
 import gc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -205,3 +206,37 @@ def test_inference_mode_leaves_ordinary_tensors():
         assert not tensor.is_inference()
     model(IMAGE).sum().backward()
     small(IMAGE).sum().backward()
+
+
+class Drawing(nn.Module):
+    """A network that draws a random number wherever it is run."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.last(self.first(x).relu() * (1 + 0 * torch.rand(())))
+
+
+@pytest.mark.filterwarnings("ignore::fxlean.CompactionWarning")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, x: fxlean.prune(model, 0.5, x),
+        lambda model, x: fxlean.prune(model, 0.5, x, method="relevance", calibration=[x]),
+        lambda model, x: fxlean.prune(model, 0.7, x, granularity="channel", of="macs"),
+        lambda model, x: fxlean.repair(model, x, copy.deepcopy(model)),
+        lambda model, x: fxlean.compact(model, x),
+        lambda model, x: fxlean.report(model, x),
+        lambda model, x: fxlean.trace(model, x),
+        lambda model, x: fxlean.shrink(model, 0.7, x, rounds=1, progress=False),
+    ],
+)
+def test_what_a_model_draws_leaves_the_random_state_as_it_was(call):
+    model, x = Drawing().eval(), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        model.first.weight[2:4] = 0
+    before = torch.get_rng_state()
+    call(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
