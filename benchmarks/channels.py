@@ -44,7 +44,7 @@ STAGES = ("once", "rounds", "tuned")
 COLUMNS = {
     "once": ("as pruned", "statistics", "repaired"),
     "rounds": ("rounds", "distilled"),
-    "tuned": tuple(f"{n} epochs, {rate}" for rate in RATES for n in EPOCHS),
+    "tuned": tuple(f"{n} epoch{'s' * (n > 1)}, {rate}" for rate in RATES for n in EPOCHS),
 }
 MEASURED = ROOT / "benchmarks" / "channels.json"
 MARKS = ("<!-- tables: benchmarks/channels.py -->", "<!-- end of tables of channels.py -->")
@@ -90,7 +90,7 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
         yield "distilled", task.accuracy(model)
     else:
         for column in COLUMNS["tuned"]:
-            count, _, rate = column.partition(" epochs, ")
+            count, _, rate = column.split(" ", 2)
             torch.manual_seed(0)
             network: nn.Module = copy.deepcopy(model)
             if method not in PEERS:
@@ -120,7 +120,8 @@ def format_network(found: dict[Key, float], network: str) -> str:
     """The table of one network."""
     unpruned = values(found, network, "", 1.0, "unpruned")
     names = [name for stage in STAGES for name in COLUMNS[stage]]
-    lines = [f"**{network}**, {len(unpruned)} seeds, unpruned {cell(unpruned)}:", ""]
+    seeds = "1 seed" if len(unpruned) == 1 else f"{len(unpruned)} seeds"
+    lines = [f"**{network}**, {seeds}, unpruned {cell(unpruned)}:", ""]
     lines += [f"| method | MACs | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for method in (*METHODS, *PEERS):
         for ratio in RATIOS:
