@@ -21,6 +21,11 @@ def masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 yield f"{path}." if path else "", module, hook._tensor_name
 
 
+def is_masked(model: nn.Module) -> bool:
+    """Whether `torch.nn.utils.prune` has put masks on a model."""
+    return any(True for _ in masked(model))
+
+
 def put_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     """Mask one parameter; a mask that is there is narrowed, not wrapped once more.
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..errors import ArgumentError
 from ..masking import refresh_masks
 from ..ranks import copy_first
-from ..tracing.arguments import check_model, unwrapped
+from ..tracing.arguments import check_count, check_model, unwrapped
 from ..tracing.inputs import Arguments, call
 from .batches import read_batches
 from .elements import put_back, saved
@@ -124,8 +124,7 @@ def _loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 def _check(model: Any, reference: Any, steps: Any, rate: Any) -> None:
     check_model(model)
     check_model(reference)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ArgumentError(f"steps is {steps!r}. Pass a whole number of at least 1.")
+    check_count("steps", steps)
     if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
         raise ArgumentError(f"rate is {rate!r}. Pass a positive number, such as {RATE}.")
     if not any(parameter.requires_grad for parameter in model.parameters()):

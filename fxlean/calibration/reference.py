@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..masking import masked, remove_masks
+from ..masking import is_masked, masked, remove_masks
 from ..tracing.arguments import public_name
 from ..tracing.inputs import Arguments, call
 from ..tracing.leaves import tensors_in
@@ -26,11 +26,6 @@ def is_unpruned(model: nn.Module) -> bool:
     training, no repair, no loading, not even of statistics.
     """
     return not is_masked(model) or getattr(model, ATTRIBUTE, None) == fingerprint(model)
-
-
-def is_masked(model: nn.Module) -> bool:
-    """Whether `torch.nn.utils.prune` has put masks on a model."""
-    return any(True for _ in masked(model))
 
 
 def remember(model: nn.Module, unpruned: int | None) -> None:

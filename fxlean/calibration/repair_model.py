@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import ArgumentError
-from ..masking import refresh_masks
+from ..masking import is_masked, refresh_masks
 from ..ranks import copy_first
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
@@ -30,7 +30,7 @@ from .corrections import (
 )
 from .elements import SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
-from .reference import is_masked, is_unpruned, outputs_of, without_masks
+from .reference import is_unpruned, outputs_of, without_masks
 from .repair_result import RepairResult
 from .running import Known
 from .side_by_side import opened

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..channels.calls import BatchNorm
-from ..masking import remove_masks
+from ..masking import is_masked, remove_masks
 from ..tracing.inputs import Arguments
 from ..tracing.sandbox import copied, on_cpu
 from ..tracing.tracer import Trace, trace_model
@@ -94,22 +94,20 @@ def units_of(model: nn.Module, trace: Trace) -> Units:
     whether they are.
     """
     bare = model
-    if any(name.endswith("_mask") for name, _ in model.named_buffers()):
+    if is_masked(model):
         bare = copied(model)
         remove_masks(bare)
         trace = trace_model(bare, trace.arguments)
     for follow in FOLLOW:
         slots = slots_of(bare, trace, follow)
-        label = _labels(slots)
-        units = _units(bare, slots, label)
+        units = _units(bare, slots)
         if not slots.assumed or _works(bare, units, trace.arguments):
             return units
     raise AssertionError("without assumptions there is nothing to try")
 
 
-@on_cpu()
-def _labels(slots: Slots) -> Tensor:
-    """The unit of every slot, -1 where it stays."""
+def _labels(slots: Slots) -> tuple[Tensor, Tensor]:
+    """The unit of every slot, -1 where it stays, and the component that it belongs to."""
     tied = {applied.layer for applied in slots.applications if applied.diagonal}
     for applied in slots.applications:
         if applied.groups > 1 and not applied.diagonal:
@@ -123,12 +121,13 @@ def _labels(slots: Slots) -> Tensor:
     free = torch.unique(component[~stays[component]])
     label = torch.full((slots.count,), -1)
     label[free] = torch.arange(len(free))
-    return label[component]
+    return label[component], component
 
 
 @on_cpu()
-def _units(bare: nn.Module, slots: Slots, label: Tensor) -> Units:
-    """What there is of a model, with a label for every slot."""
+def _units(bare: nn.Module, slots: Slots) -> Units:
+    """The units that there are among the slots of a model without masks."""
+    label, component = _labels(slots)
     seen: Counter[str] = Counter()
     uses = []
     for applied in slots.applications:
@@ -158,15 +157,13 @@ def _units(bare: nn.Module, slots: Slots, label: Tensor) -> Units:
         each = bare.get_parameter(name).numel() // len(places)
         parameters[name] = dim, each, label[places].numpy()
     groups = {name: (number, label[at].numpy()) for name, (number, at) in slots.groups.items()}
-    units = Units(count, tuple(uses), parameters, groups, _reasons(slots, label))
+    units = Units(count, tuple(uses), parameters, groups, _reasons(slots, label, component.numpy()))
     # What no layer writes, such as a constant of the code, is none of them.
     return units.only(np.isin(np.arange(count), written))
 
 
-def _reasons(slots: Slots, label: Tensor) -> dict[str, str]:
+def _reasons(slots: Slots, label: Tensor, component: NDArray[np.int64]) -> dict[str, str]:
     """Why all the channels that a layer writes stay, for every layer of which they do."""
-    tied = {applied.layer for applied in slots.applications if applied.diagonal}
-    component = components(slots, tied).numpy()
     by: dict[int, str] = {}
     for numbers, operator in zip(slots.pinned, slots.pinned_by, strict=True):
         for number in np.unique(component[numbers.numpy()]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 from torch import nn
@@ -60,7 +61,7 @@ def choose_kernels(
     """
     from ..selection.liveness import zero_channels  # here, because numba takes long to import
 
-    def compacted(keep: Flags) -> nn.Module:
+    def compacted(_: nn.Module, keep: Flags) -> nn.Module:
         pruned = copied(model)
         zero = zero_channels(network.graph, keep)
         masks = parameter_masks(pruned, network, keep, zero, zero)
@@ -91,9 +92,7 @@ def choose_channels(
         "macs": sum(cost.macs for cost in layer_costs(model, trace)),
     }
 
-    def without(gone: Flags) -> nn.Module:
-        bare = copied(model)
-        remove_masks(bare)
+    def without(bare: nn.Module, gone: Flags) -> nn.Module:
         return cut(bare, channels.units, gone, trace.arguments)
 
     measured = _measured(model, target, without)
@@ -109,17 +108,22 @@ def _left(channels: Channels, of: str, gone: Flags, total: int) -> tuple[int, in
 
 
 def _measured(
-    model: nn.Module, target: Target, built: Callable[[Flags], nn.Module]
+    model: nn.Module, target: Target, built: Callable[[nn.Module, Flags], nn.Module]
 ) -> Callable[[Flags], float]:
     """A function of what is kept or gone: which fraction is left of what the target measures.
 
-    The whole model is measured just before or after, as machines do other things as well.
+    Candidates are built from the model without masks. That is measured just before or after, as
+    machines do other things as well.
     """
-    whole = copied(model)
-    remove_masks(whole)
+
+    @cache
+    def whole() -> nn.Module:
+        bare = copied(model)
+        remove_masks(bare)
+        return bare
 
     def fraction(flags: Flags) -> float:
         assert callable(target.of)
-        return target.of(built(flags)) / target.of(whole)
+        return target.of(built(whole(), flags)) / target.of(whole())
 
     return fraction

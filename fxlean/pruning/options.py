@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ArgumentError
 from ..norms.operator import ORDERS
 from ..selection.methods import METHODS, SHARE
-from ..tracing.arguments import check_model, resolve_ignored, unwrapped
+from ..tracing.arguments import check_count, check_model, resolve_ignored, unwrapped
 from .targets import COUNTED
 
 GRANULARITIES = ("kernel", "channel")
@@ -80,8 +80,7 @@ def _check_limits(at_least: Any, round_to: Any, granularity: str) -> None:
                 f"at_least is {at_least!r}. Pass the fraction that every layer keeps, from 0 to 1, "
                 "or a mapping from names of layers, patterns or types to fractions."
             )
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise ArgumentError(f"round_to is {round_to!r}. Pass a whole number of at least 1.")
+    check_count("round_to", round_to)
     if round_to > 1 and granularity != "channel":
         raise ArgumentError(
             f'round_to is {round_to}, but single kernels are pruned. Pass granularity="channel" as '

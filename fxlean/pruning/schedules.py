@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import ArgumentError, PruneWarning, warn
+from ..tracing.arguments import check_count
 from .options import check_ratio
 
 Arguments = ParamSpec("Arguments")
@@ -29,8 +30,7 @@ def schedule(ratio: float, steps: int) -> list[float]:
     [0.5, 0.25, 0.125]
     """
     check_ratio(ratio)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ArgumentError(f"steps is {steps!r}. Pass a whole number of at least 1.")
+    check_count("steps", steps)
     return [ratio ** (step / steps) for step in range(1, steps + 1)]
 
 

@@ -17,7 +17,7 @@ from ..calibration.running import Known
 from ..compaction.attempts import compact
 from ..costs import report
 from ..errors import ArgumentError
-from ..tracing.arguments import check_traceable, unwrapped
+from ..tracing.arguments import check_count, check_traceable, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
 from ..tracing.sandbox import copied
@@ -178,6 +178,5 @@ def _check(
         not isinstance(tolerance, Real) or isinstance(tolerance, bool) or not float(tolerance) > 0
     ):
         raise ArgumentError(f"tolerance is {tolerance!r}. Pass a number above 0, such as 0.05.")
-    for name, value, least in (("rounds", rounds, 1), ("distill", distill, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{name} is {value!r}. Pass a whole number of at least {least}.")
+    check_count("rounds", rounds)
+    check_count("distill", distill, least=0)

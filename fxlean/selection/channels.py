@@ -38,10 +38,20 @@ class Costs:
 
     def total(self, gone: NDArray[np.bool_]) -> float:
         """The cost without some units, True where they are gone."""
+        return self.of(np.arange(len(self.rows)), *self.left(gone))
+
+    def left(self, gone: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """How many rows and columns every use has left without some units, each shape (n,)."""
         stays = np.append(~gone, True)
-        rows = np.array([stays[units].sum() for units in self.rows])
-        columns = np.array([stays[units].sum() for units in self.columns])
-        return float((self.product * rows * columns + self.linear * rows).sum())
+        sides = (self.rows, self.columns)
+        rows, columns = (np.array([stays[u].sum() for u in s], dtype=np.int64) for s in sides)
+        return rows, columns
+
+    def of(
+        self, uses: NDArray[np.int64], rows: NDArray[np.int64], columns: NDArray[np.int64]
+    ) -> float:
+        """What some uses cost with so many rows and columns, each shape (uses,)."""
+        return float(self.product[uses] @ (rows * columns) + self.linear[uses] @ rows)
 
 
 @dataclass(eq=False)
@@ -80,15 +90,11 @@ def removal_order(
         gone: shape (units,), True for units that are gone from the start.
         round_to: every step leaves a multiple of so many channels of each class of units.
     """
-    stays = np.append(~gone, True)
-    rows = np.array([stays[units].sum() for units in costs.rows], dtype=np.int64)
-    columns = np.array([stays[units].sum() for units in costs.columns], dtype=np.int64)
+    rows, columns = costs.left(gone)
     least = np.maximum(costs.least, 1)
 
     def cost(uses: NDArray[np.int64]) -> float:
-        return float(
-            costs.product[uses] @ (rows[uses] * columns[uses]) + costs.linear[uses] @ rows[uses]
-        )
+        return costs.of(uses, rows[uses], columns[uses])
 
     def value(group: _Class) -> float:
         """Score per cost saved of the next step of a class, infinite if there can be none."""
@@ -97,12 +103,10 @@ def removal_order(
         others = columns[group.uses] - len(members) * group.columns
         if not len(members) or (left < least[group.uses])[group.rows > 0].any() or others.min() < 1:
             return inf
-        new = costs.product[group.uses] @ (left * others) + costs.linear[group.uses] @ left
-        saved = cost(group.uses) - float(new)
+        saved = cost(group.uses) - costs.of(group.uses, left, others)
         return float(scores[members].sum()) / saved if saved > 0 else inf
 
-    everything = np.arange(len(rows))
-    total = cost(everything)
+    total = costs.total(gone)
     classes = _classes(costs, scores, gone)
     heap = [(value(group), number) for number, group in enumerate(classes)]
     heapq.heapify(heap)

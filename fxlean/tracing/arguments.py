@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, some
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Reject what is no whole number, or too small."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name} is {value!r}. Pass a whole number of at least {least}.")
+
+
 def check_model(model: Any) -> None:
     """Reject what is no module, or has no values to weigh."""
     if not isinstance(model, nn.Module):
