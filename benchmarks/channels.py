@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oneshot import Key, read, write
-from oneshot_tables import cell, insert, values
+from oneshot import Key, read, run
+from oneshot_tables import cell, heading, values
 from peers import torch_pruned
+from results import insert
 from torch import nn
-from tqdm import tqdm
-from trained import NETWORKS, ROOT, Task, trained
+from trained import NETWORKS, ROOT, Task
 
 import fxlean
 from fxlean.calibration.statistics import measure_statistics
@@ -46,6 +46,7 @@ COLUMNS = {
     "rounds": ("rounds", "distilled"),
     "tuned": tuple(f"{n} epoch{'s' * (n > 1)}, {rate}" for rate in RATES for n in EPOCHS),
 }
+LAST = {stage: names[-1] for stage, names in COLUMNS.items()} | {"once": "statistics"}
 MEASURED = ROOT / "benchmarks" / "channels.json"
 MARKS = ("<!-- tables: benchmarks/channels.py -->", "<!-- end of tables of channels.py -->")
 
@@ -99,29 +100,10 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
             yield column, task.accuracy(network)
 
 
-def run(networks: Sequence[str], seed: int, stages: Sequence[str], folder: Path) -> None:
-    """Measure what is missing of one seed."""
-    found = read(MEASURED)
-    for network in networks:
-        done = {key[2:] for key in found if key[:2] == (network, seed)}
-        missing = [case for case in cases(stages) if (*case[1:], COLUMNS[case[0]][0]) not in done]
-        if not missing:
-            continue
-        task = trained(network, seed, folder)
-        found[network, seed, "", 1.0, "unpruned"] = task.accuracy(task.model)
-        for case in tqdm(missing, f"{network}, seed {seed}", disable=None):
-            _, method, ratio = case
-            for column, value in measure(task, *case):
-                found[network, seed, method, ratio, column] = value
-            write(found, MEASURED)
-
-
 def format_network(found: dict[Key, float], network: str) -> str:
     """The table of one network."""
-    unpruned = values(found, network, "", 1.0, "unpruned")
     names = [name for stage in STAGES for name in COLUMNS[stage]]
-    seeds = "1 seed" if len(unpruned) == 1 else f"{len(unpruned)} seeds"
-    lines = [f"**{network}**, {seeds}, unpruned {cell(unpruned)}:", ""]
+    lines = [heading(found, network), ""]
     lines += [f"| method | MACs | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for method in (*METHODS, *PEERS):
         for ratio in RATIOS:
@@ -143,8 +125,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", fxlean.PruneWarning)
+    chosen = list(cases(options.stages))
     for seed in range(0 if options.publish else options.seeds):
-        run(options.networks, seed, options.stages, options.folder)
+        run(options.networks, seed, chosen, LAST, measure, options.folder, MEASURED)
     found = read(MEASURED)
     known = [name for name in choices if values(found, name, "", 1.0, "unpruned")]
     insert(MARKS, "\n\n".join(format_network(found, name) for name in known))

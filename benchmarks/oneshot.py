@@ -18,7 +18,7 @@ import argparse
 import copy
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,11 @@ LAST = {  # column of every stage
     "tuned": f"rounds, {EPOCHS[-1]} epochs",
 }
 MEASURED = ROOT / "benchmarks" / "oneshot.json"
+Case = tuple[str, str, float]  # stage, method and ratio
 Key = tuple[str, int, str, float, str]  # network, seed, method, ratio and column
 
 
-def cases(stages: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+def cases(stages: Sequence[str]) -> Iterator[Case]:
     """Stage, method and ratio of all that is measured, what matters most first."""
     for stage in stages:
         for method in METHODS:
@@ -126,16 +127,20 @@ def write(found: dict[Key, float], measured: Path = MEASURED) -> None:
         partial.write_text("[\n" + ",\n".join(lines) + "\n]\n")
 
 
-def run(networks: Sequence[str], seed: int, stages: Sequence[str], folder: Path) -> None:
-    """Measure what is missing of one seed."""
-    found = read()
+def run(
+    networks: Sequence[str],
+    seed: int,
+    chosen: Sequence[Case],
+    last: Mapping[str, str],
+    measure: Callable[..., Iterator[tuple[str, float]]],
+    folder: Path,
+    measured: Path = MEASURED,
+) -> None:
+    """Measure what is missing of one seed; `last` is the last column of every stage."""
+    found = read(measured)
     for network in networks:
         done = {key[2:] for key in found if key[:2] == (network, seed)}
-        missing = [
-            (stage, method, ratio)
-            for stage, method, ratio in cases(stages)
-            if (method, ratio, LAST[stage]) not in done
-        ]
+        missing = [case for case in chosen if (case[1], case[2], last[case[0]]) not in done]
         if not missing:
             continue
         task = trained(network, seed, folder)
@@ -144,7 +149,7 @@ def run(networks: Sequence[str], seed: int, stages: Sequence[str], folder: Path)
             _, method, ratio = case
             for column, value in measure(task, *case):
                 found[network, seed, method, ratio, column] = value
-            write(found)
+            write(found, measured)
 
 
 def main() -> None:
@@ -159,7 +164,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", fxlean.PruneWarning)  # where a method cuts the network apart
     for seed in range(0 if options.publish else options.seeds):
-        run(options.networks, seed, options.stages, options.folder)
+        run(options.networks, seed, list(cases(options.stages)), LAST, measure, options.folder)
     publish(read(), METHODS, RATIOS)
 
 

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from trained import NETWORKS, ROOT  # first: it makes the examples importable
 
 from circle_square import replacing  # isort: skip
+from results import insert  # isort: skip
 
 COLUMNS = ("as pruned", "statistics", "repaired", "rounds", "distilled", "rounds on noise")
 MARKS = ("<!-- tables: benchmarks/oneshot.py -->", "<!-- end of tables of oneshot.py -->")
-PAGE = ROOT / "docs" / "results.md"
 FIGURE = ROOT / "docs" / "images" / "oneshot.png"
 Found = Mapping[tuple[str, int, str, float, str], float]
 
@@ -32,13 +32,18 @@ def cell(numbers: Sequence[float]) -> str:
     return f"{np.mean(numbers):.3f} ± {np.std(numbers, ddof=1) / len(numbers) ** 0.5:.3f}"
 
 
+def heading(found: Found, network: str) -> str:
+    """The line above the table of a network."""
+    unpruned = values(found, network, "", 1.0, "unpruned")
+    seeds = "1 seed" if len(unpruned) == 1 else f"{len(unpruned)} seeds"
+    return f"**{network}**, {seeds}, unpruned {cell(unpruned)}:"
+
+
 def format_network(
     found: Found, network: str, methods: Sequence[str], ratios: Sequence[float]
 ) -> str:
     """The table of one network."""
-    unpruned = values(found, network, "", 1.0, "unpruned")
-    seeds = "1 seed" if len(unpruned) == 1 else f"{len(unpruned)} seeds"
-    lines = [f"**{network}**, {seeds}, unpruned {cell(unpruned)}:", ""]
+    lines = [heading(found, network), ""]
     lines += [f"| method | kept | {' | '.join(COLUMNS)} |", "|---" * (2 + len(COLUMNS)) + "|"]
     for method in methods:
         for ratio in ratios:
@@ -103,13 +108,3 @@ def publish(found: Found, methods: Sequence[str], ratios: Sequence[float]) -> No
     networks = [name for name in NETWORKS if any(key[0] == name for key in found)]
     tables = [format_network(found, network, methods, ratios) for network in networks]
     insert(MARKS, "\n\n".join(filter(None, [*tables, format_tuning(found)])))
-
-
-def insert(marks: tuple[str, str], text: str) -> None:
-    """Put tables between two marks of the page of results."""
-    before, _, rest = PAGE.read_text().partition(marks[0])
-    _, mark, after = rest.partition(marks[1])
-    if not mark:
-        raise SystemExit(f"{PAGE} has no {marks[0]} ... {marks[1]} for the tables to go to.")
-    with replacing(PAGE) as partial:
-        partial.write_text(f"{before}{marks[0]}\n\n{text}\n\n{marks[1]}{after}")

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from results import insert
 from torchvision.models import get_model_builder
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -59,10 +60,7 @@ def main() -> None:
     for name in parser.parse_args().names:
         lines.append(row(name))
         print(lines[-1], flush=True)
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    table = "\n".join(lines)
-    PAGE.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}")
+    insert(MARKS, "\n".join(lines), PAGE)
 
 
 if __name__ == "__main__":

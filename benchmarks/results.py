@@ -213,13 +213,17 @@ def publish(points: Sequence[Point]) -> None:
     """Plots, and the tables between the marks of the page."""
     for mode in MODES:
         draw(points, mode, IMAGES / f"results_{mode.replace('-', '_')}.png")
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    _, found, after = rest.partition(MARKS[1])
+    insert(MARKS, "\n\n".join([background(points), *(format_mode(points, m) for m in MODES)]))
+
+
+def insert(marks: tuple[str, str], tables: str, page: Path = PAGE) -> None:
+    """Put tables between two marks of a page, that of the results unless told otherwise."""
+    before, _, rest = page.read_text().partition(marks[0])
+    _, found, after = rest.partition(marks[1])
     if not found:
-        raise SystemExit(f"{PAGE} has no {MARKS[0]} ... {MARKS[1]} for the tables to go to.")
-    tables = "\n\n".join([background(points), *(format_mode(points, mode) for mode in MODES)])
-    with replacing(PAGE) as partial:
-        partial.write_text(f"{before}{MARKS[0]}\n\n{tables}\n\n{MARKS[1]}{after}")
+        raise SystemExit(f"{page} has no {marks[0]} ... {marks[1]} for the tables to go to.")
+    with replacing(page) as partial:
+        partial.write_text(f"{before}{marks[0]}\n\n{tables}\n\n{marks[1]}{after}")
 
 
 def main() -> None:
