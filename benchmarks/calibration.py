@@ -4,7 +4,8 @@
 
 Random weights, with batch norms that have seen the images, pruned to 0.3 by relevance. Seconds are
 those of the processor, so that other work on the machine does not count. Memory is the peak of the
-resident set during the call, less what the process held before it; the images are held before.
+resident set during the call, less what the process held before it; the images are held before. On a
+GPU (`--device cuda`) seconds are those of the clock and memory is the GPU's.
 """
 
 from __future__ import annotations
@@ -28,8 +29,15 @@ import fxlean
 from fxlean.calibration.statistics import measure_statistics
 
 
-def cost(call: Callable[[], Any]) -> str:
-    """Processor seconds and additional megabytes of a call, as cells of a table."""
+def cost(call: Callable[[], Any], device: str) -> str:
+    """Seconds and additional megabytes of a call, as cells of a table."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held, start = torch.cuda.memory_allocated(), time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        spent = time.perf_counter() - start
+        return f"{spent:.1f} | {(torch.cuda.max_memory_allocated() - held) / 1e6:.0f}"
     before = time.process_time()
     numbers = measured(call)
     return f"{time.process_time() - before:.1f} | {numbers['megabytes']:.0f}"
@@ -38,14 +46,16 @@ def cost(call: Callable[[], Any]) -> str:
 def measure(name: str, images: Sequence[torch.Tensor], ratio: float) -> None:
     """Print the rows of the table for one network."""
     torch.manual_seed(0)
-    model = torchvision.models.get_model(name, weights=None)
+    device = images[0].device.type
+    model = torchvision.models.get_model(name, weights=None).to(device)
     measure_statistics(model, [(batch,) for batch in images])
     reference = copy.deepcopy(model).eval()
     options: dict[str, Any] = {"method": "relevance", "calibration": images, "progress": False}
-    spent = cost(lambda: fxlean.prune(model, ratio, images[0][:1], **options))
+    spent = cost(lambda: fxlean.prune(model, ratio, images[0][:1], **options), device)
     print(f"| {name} | prune, relevance | {spent} |", flush=True)
     results: list[fxlean.RepairResult] = []
-    spent = cost(lambda: results.append(fxlean.repair(model, images, reference, progress=False)))
+    options = {"reference": reference, "progress": False}
+    spent = cost(lambda: results.append(fxlean.repair(model, images, **options)), device)
     print(f"| {name} | repair | {spent} |", flush=True)
     print(f"\noutputs: error {results[0].before:.3f} -> {results[0].after:.3f}", file=sys.stderr)
 
@@ -58,12 +68,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--ratio", type=float, default=0.3)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    images = torch.randn(options.images, 3, options.size, options.size).split(options.batch)
-    fxlean.prune(torchvision.models.resnet18(), 0.1, images[0][:1], method="relevance")  # compiles
-    print("| network | call | CPU seconds | MB |\n|---|---|---|---|")
+    shape = (options.images, 3, options.size, options.size)
+    images = torch.randn(shape, device=options.device).split(options.batch)
+    warm_up = torchvision.models.resnet18().to(options.device)
+    fxlean.prune(warm_up, 0.1, images[0][:1], method="relevance")
+    fxlean.repair(warm_up, images[0][:4], progress=False)
+    print("| network | call | seconds | MB |\n|---|---|---|---|")
     for name in options.models:
         measure(name, images, options.ratio)
 

@@ -14,23 +14,19 @@ it to the tables of `docs/results.md` (`--publish` alone makes these).
 
 from __future__ import annotations
 
-import argparse
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from oneshot import Key, read, run
+from measurements import Case, Found, parser, run
 from oneshot_tables import cell, heading, values
 from peers import torch_pruned
 from results import insert
 from torch import nn
-from trained import NETWORKS, ROOT, Task
+from trained import NETWORKS, ROOT, Task, remeasured
 
 import fxlean
-from fxlean.calibration.statistics import measure_statistics
 
 METHODS = ("relevance", "l1", "lean", "path", "random")
 PEERS = {"Torch-Pruning, global": True, "Torch-Pruning, local": False}
@@ -38,7 +34,7 @@ RATIOS = (0.7, 0.5, 0.35, 0.25, 0.15)
 TUNED = (0.5, 0.25, 0.15)  # what is fine-tuned
 ROUNDS = 3
 STEPS = 200  # of distillation
-EPOCHS = (1, 3)
+EPOCHS = (1, 3, 10)
 RATES = {"full rate": 1.0, "low rate": 0.1}  # fractions of the rate of the training
 STAGES = ("once", "rounds", "tuned")
 COLUMNS = {
@@ -51,7 +47,7 @@ MEASURED = ROOT / "benchmarks" / "channels.json"
 MARKS = ("<!-- tables: benchmarks/channels.py -->", "<!-- end of tables of channels.py -->")
 
 
-def cases(stages: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+def cases(stages: Sequence[str]) -> Iterator[Case]:
     """Stage, method and ratio of all that is measured, what matters most first."""
     for stage in stages:
         for method in (*METHODS, *PEERS):
@@ -79,9 +75,7 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
             list(fxlean.iterate(model, ratio, ROUNDS, x, repair=True, **options))
     if stage == "once":
         yield "as pruned", task.accuracy(model)
-        again = copy.deepcopy(model)
-        measure_statistics(again, [(torch.cat(task.batches),)])
-        yield "statistics", task.accuracy(again)
+        yield "statistics", task.accuracy(remeasured(model, task))
         if method not in PEERS:
             fxlean.repair(model, task.batches, task.model, progress=False)
             yield "repaired", task.accuracy(model)
@@ -100,7 +94,7 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
             yield column, task.accuracy(network)
 
 
-def format_network(found: dict[Key, float], network: str) -> str:
+def format_network(found: Found, network: str) -> str:
     """The table of one network."""
     names = [name for stage in STAGES for name in COLUMNS[stage]]
     lines = [heading(found, network), ""]
@@ -115,21 +109,10 @@ def format_network(found: dict[Key, float], network: str) -> str:
 
 def main() -> None:
     """Measure what is missing, then publish."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    choices = [name for name in NETWORKS if name != "MS-D"]  # its layers are one channel wide
-    parser.add_argument("--networks", nargs="+", choices=choices, default=choices)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--folder", type=Path, default=Path("trained"), help="for the networks")
-    parser.add_argument("--publish", action="store_true", help="measure nothing")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", fxlean.PruneWarning)
-    chosen = list(cases(options.stages))
-    for seed in range(0 if options.publish else options.seeds):
-        run(options.networks, seed, chosen, LAST, measure, options.folder, MEASURED)
-    found = read(MEASURED)
-    known = [name for name in choices if values(found, name, "", 1.0, "unpruned")]
+    networks = [name for name in NETWORKS if name != "MS-D"]  # its layers are one channel wide
+    options = parser(__doc__, networks, STAGES).parse_args()
+    found = run(options, list(cases(options.stages)), LAST, measure, MEASURED)
+    known = [name for name in networks if values(found, name, "", 1.0, "unpruned")]
     insert(MARKS, "\n\n".join(format_network(found, name) for name in known))
 
 

@@ -14,29 +14,22 @@ default.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from measurements import Case, parser, run
 from oneshot_tables import publish
-from tqdm import tqdm
-from trained import NETWORKS, ROOT, Task, trained  # first: it makes the examples importable
-
-from circle_square import replacing  # isort: skip
+from trained import NETWORKS, ROOT, Task, remeasured
 
 import fxlean
 from fxlean.calibration.repair_model import repair_towards
-from fxlean.calibration.statistics import measure_statistics
 
 METHODS = ("relevance", "path", "lean", "l1", "random")
-RATIOS = (0.8, 0.5, 0.3, 0.2, 0.1, 0.05)
-FEWER = (0.5, 0.2, 0.1)  # what other methods are asked for
-LITTLE = (0.1, 0.05)  # what is distilled
+RATIOS = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+FEW = (0.5, 0.3, 0.2, 0.1, 0.05)  # what rounds of relevance are asked for, and those on noise
+LITTLE = (0.2, 0.1, 0.05)  # what is distilled, and what rounds of other methods are asked for
 ROUNDS = 4
 COUNTS = (2, 8)  # of rounds, beside these
 STEPS = 200  # of distillation
@@ -49,20 +42,18 @@ LAST = {  # column of every stage
     "tuned": f"rounds, {EPOCHS[-1]} epochs",
 }
 MEASURED = ROOT / "benchmarks" / "oneshot.json"
-Case = tuple[str, str, float]  # stage, method and ratio
-Key = tuple[str, int, str, float, str]  # network, seed, method, ratio and column
 
 
 def cases(stages: Sequence[str]) -> Iterator[Case]:
-    """Stage, method and ratio of all that is measured, what matters most first."""
+    """Stage, method and ratio of all that is measured."""
     for stage in stages:
         for method in METHODS:
             for ratio in RATIOS:
                 relevant = method == "relevance"
                 if {
-                    "once": relevant or ratio in FEWER,
-                    "rounds": ratio <= 0.2 if relevant else method != "random" and ratio == 0.1,
-                    "noise": relevant and ratio == 0.2,
+                    "once": True,
+                    "rounds": ratio in (FEW if relevant else LITTLE) and method != "random",
+                    "noise": relevant and ratio in FEW,
                     "counts": relevant and ratio == 0.1,
                     "tuned": method in ("relevance", "lean", "l1") and ratio == 0.1,
                 }[stage]:
@@ -76,9 +67,7 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
     if stage == "once":
         fxlean.prune(model, ratio, **options)
         yield "as pruned", task.accuracy(model)
-        again = copy.deepcopy(model)
-        measure_statistics(again, [(torch.cat(task.batches),)])
-        yield "statistics", task.accuracy(again)
+        yield "statistics", task.accuracy(remeasured(model, task))
         batches = [(batch,) for batch in task.batches]
         repair_towards(model, batches, task.model, task.known, progress=False)
         yield "repaired", task.accuracy(model)
@@ -110,62 +99,11 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
                 yield f"{name}, {epochs} epochs", task.accuracy(network)
 
 
-def read(measured: Path = MEASURED) -> dict[Key, float]:
-    """What was measured before."""
-    if not measured.exists():
-        return {}
-    rows = json.loads(measured.read_text())
-    return {
-        (network, seed, method, ratio, name): v for network, seed, method, ratio, name, v in rows
-    }
-
-
-def write(found: dict[Key, float], measured: Path = MEASURED) -> None:
-    """Everything measured so far, one line each."""
-    lines = [json.dumps([*key, round(value, 5)]) for key, value in sorted(found.items())]
-    with replacing(measured) as partial:
-        partial.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-
-
-def run(
-    networks: Sequence[str],
-    seed: int,
-    chosen: Sequence[Case],
-    last: Mapping[str, str],
-    measure: Callable[..., Iterator[tuple[str, float]]],
-    folder: Path,
-    measured: Path = MEASURED,
-) -> None:
-    """Measure what is missing of one seed; `last` is the last column of every stage."""
-    found = read(measured)
-    for network in networks:
-        done = {key[2:] for key in found if key[:2] == (network, seed)}
-        missing = [case for case in chosen if (case[1], case[2], last[case[0]]) not in done]
-        if not missing:
-            continue
-        task = trained(network, seed, folder)
-        found[network, seed, "", 1.0, "unpruned"] = task.accuracy(task.model)
-        for case in tqdm(missing, f"{network}, seed {seed}", disable=None):
-            _, method, ratio = case
-            for column, value in measure(task, *case):
-                found[network, seed, method, ratio, column] = value
-            write(found, measured)
-
-
 def main() -> None:
     """Measure what is missing, then publish."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--stages", nargs="+", choices=LAST, default=list(LAST)[:3])
-    parser.add_argument("--folder", type=Path, default=Path("trained"), help="for the networks")
-    parser.add_argument("--publish", action="store_true", help="measure nothing")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", fxlean.PruneWarning)  # where a method cuts the network apart
-    for seed in range(0 if options.publish else options.seeds):
-        run(options.networks, seed, list(cases(options.stages)), LAST, measure, options.folder)
-    publish(read(), METHODS, RATIOS)
+    options = parser(__doc__, list(NETWORKS), list(LAST)).parse_args()
+    found = run(options, list(cases(options.stages)), LAST, measure, MEASURED)
+    publish(found, METHODS, RATIOS)
 
 
 if __name__ == "__main__":

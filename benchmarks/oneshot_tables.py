@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from measurements import Found
 from trained import NETWORKS, ROOT  # first: it makes the examples importable
 
 from circle_square import replacing  # isort: skip
@@ -14,7 +15,6 @@ from results import insert  # isort: skip
 COLUMNS = ("as pruned", "statistics", "repaired", "rounds", "distilled", "rounds on noise")
 MARKS = ("<!-- tables: benchmarks/oneshot.py -->", "<!-- end of tables of oneshot.py -->")
 FIGURE = ROOT / "docs" / "images" / "oneshot.png"
-Found = Mapping[tuple[str, int, str, float, str], float]
 
 
 def values(found: Found, network: str, method: str, ratio: float, column: str) -> list[float]:

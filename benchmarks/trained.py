@@ -7,6 +7,7 @@ U-Nets with batch norm and with group norm.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,9 @@ from results import make_data  # noqa: E402
 from training import pixel_accuracy, train_epoch  # noqa: E402
 
 from adapters.msd import MSD  # noqa: E402
+from fxlean.calibration.repair_model import repair_towards  # noqa: E402
 from fxlean.calibration.running import Known  # noqa: E402
+from fxlean.calibration.statistics import measure_statistics  # noqa: E402
 
 NOISE = 0.22  # standard deviation on digits; the images are in [0, 1]
 SCALE = replace(SCALES["small"], batch=8)
@@ -51,6 +54,17 @@ class Task:
     accuracy: Callable[[nn.Module], float]
     tune: Callable[[nn.Module, int, float], None]
     known: Known = field(default_factory=dict)
+
+
+def remeasured(model: nn.Module, task: Task) -> nn.Module:
+    """A copy with the statistics of its batch norms measured anew; without any, its biases."""
+    result = copy.deepcopy(model)
+    batches = [(batch,) for batch in task.batches]
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        measure_statistics(result, [(torch.cat(task.batches),)])
+    else:
+        repair_towards(result, batches, task.model, task.known, steps=0, progress=False)
+    return result
 
 
 def resnet20() -> nn.Module:
@@ -130,8 +144,9 @@ def noisy(data: Data, seed: int) -> Data:
     return images + NOISE * torch.randn(images.shape, generator=generator), labels
 
 
-def digits(build: Callable[[], nn.Module], seed: int) -> Task:
-    """A classifier of digits, trained for 15 epochs."""
+def digits(build: Callable[[], nn.Module], seed: int, device: str) -> Task:
+    """A classifier of digits, which are so small that they stay on the CPU."""
+    del device
     training, test = (noisy(data, 2 * seed + i) for i, data in enumerate(load_data()))
     torch.manual_seed(seed)
     tune = partial(_tune_digits, training)
@@ -144,13 +159,14 @@ def _tune_digits(data: Data, model: nn.Module, epochs: int, part: float) -> None
     quickstart.train(model, data, epochs, peak_rate=0.01 * part)
 
 
-def circle_square(build: Callable[[], nn.Module], seed: int) -> Task:
+def circle_square(build: Callable[[], nn.Module], seed: int, device: str) -> Task:
     """A network that labels pixels."""
-    splits = make_data(SCALE, seed)
+    splits = {name: (x.to(device), y.to(device)) for name, (x, y) in make_data(SCALE, seed).items()}
     torch.manual_seed(seed)
     tune = partial(_tune_pixels, splits["train"])
     batches = list(splits["train"][0][:16].split(8))
-    return Task(build(), batches, lambda network: pixel_accuracy(network, splits["test"]), tune)
+    model = build().to(device)
+    return Task(model, batches, lambda network: pixel_accuracy(network, splits["test"]), tune)
 
 
 def _tune_pixels(data: Data, model: nn.Module, epochs: int, part: float) -> None:
@@ -173,13 +189,13 @@ NETWORKS: Mapping[str, tuple[Callable[..., Task], Callable[[], nn.Module], int]]
 }
 
 
-def trained(name: str, seed: int, folder: Path) -> Task:
+def trained(name: str, seed: int, folder: Path, device: str = "cpu") -> Task:
     """A task with its network trained, or read from a folder where it was trained before."""
     make, build, epochs = NETWORKS[name]
-    task = make(build, seed)
+    task = make(build, seed, device)
     path = folder / f"{name}_{seed}.pt"
     if path.exists():
-        task.model.load_state_dict(torch.load(path))
+        task.model.load_state_dict(torch.load(path, map_location=device))
     else:
         task.tune(task.model, epochs, 1.0)
         folder.mkdir(parents=True, exist_ok=True)

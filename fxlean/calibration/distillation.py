@@ -132,3 +132,15 @@ def _check(model: Any, reference: Any, steps: Any, rate: Any) -> None:
             f"no parameter of {type(model).__name__} requires gradients, so there is nothing to "
             "train. Set requires_grad where weights may change."
         )
+    check_trainable(model)
+
+
+def check_trainable(model: nn.Module) -> None:
+    """Reject weights in float16, whose gradients Adam squares to 0 or infinity."""
+    named = model.named_parameters()
+    halves = [name for name, p in named if p.requires_grad and p.dtype == torch.float16]
+    if halves:
+        raise ArgumentError(
+            f"{halves[0]} is in float16, too narrow a range to train in. Distill in bfloat16 or "
+            "float32, model.float(), and go back to float16 afterwards."
+        )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..calibration.batches import example_and_batches
+from ..calibration.distillation import check_trainable
 from ..calibration.distillation import distill as distill_model
 from ..calibration.reference import outputs_of
 from ..calibration.repair_model import batch_size, output_error, repair_towards
@@ -180,3 +181,5 @@ def _check(
         raise ArgumentError(f"tolerance is {tolerance!r}. Pass a number above 0, such as 0.05.")
     check_count("rounds", rounds)
     check_count("distill", distill, least=0)
+    if distill:
+        check_trainable(model)

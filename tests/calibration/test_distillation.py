@@ -112,6 +112,14 @@ def test_nothing_to_train():
         fxlean.distill(model.requires_grad_(False), X, reference, 1)
 
 
+def test_weights_that_are_too_coarse_to_train():
+    model, reference = (each.half() for each in network())
+    with pytest.raises(ValueError, match=r"is in float16.*model.float\(\)"):
+        fxlean.distill(model, X.half(), reference, 2)
+    with pytest.raises(ValueError, match="is in float16"):
+        fxlean.shrink(reference, 0.5, X.half(), distill=2)
+
+
 def test_what_was_learned_before_an_interruption_stays(monkeypatch):
     model, reference = network()
     before, calls = state(model), []
