@@ -67,8 +67,10 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     inputs = inputs_to_compare(trace.arguments)
     check = Check(model, bare, inputs)
     while True:
-        smaller = _smallest(bare, trace, check)
+        smaller, problems = _smallest(bare, trace, check)
         if _grouped(smaller) >= _grouped(bare):
+            if _size(smaller) == _size(dense):
+                _explain(dense, trace, problems)
             note_dense(dense, smaller)
             return smaller
         # Within its one group that is left, a layer can be cut further.
@@ -80,15 +82,13 @@ def _grouped(model: nn.Module) -> int:
     return sum(getattr(module, "groups", 1) > 1 for module in model.modules())
 
 
-def _smallest(bare: nn.Module, trace: Trace, check: Check) -> nn.Module:
-    """The smallest candidate that computes the same."""
+def _smallest(bare: nn.Module, trace: Trace, check: Check) -> tuple[nn.Module, list[str]]:
+    """The smallest candidate that computes the same, and what was wrong with smaller ones."""
     problems: list[str] = []
     for attempt in _attempts(bare, trace, check.arguments):
         problem = check.problem(attempt)
         if not problem:
-            if _size(attempt) == _size(bare):
-                _explain(bare, trace, problems)
-            return attempt
+            return attempt, problems
         problems.append(problem)
     raise CompactionError(
         f"{type(bare).__name__} without masks differs from the masked model: {problems[-1]}. "

@@ -434,3 +434,16 @@ def test_a_model_that_keeps_its_size_says_why():
         model[0].weight[0], model[0].bias[0] = 0, 0
     with pytest.warns(CompactionWarning, match="keeps its size, for its 1 dead channels share"):
         compact(model, x)
+
+
+@pytest.mark.filterwarnings("error::fxlean.CompactionWarning")
+def test_a_model_that_became_smaller_does_not_say_that_it_keeps_its_size():
+    # Once its first group is gone, the layer is looked at again, and single zeros are no reason.
+    torch.manual_seed(0)
+    model, x = nn.Sequential(conv(3, 8), conv(8, 8, groups=2), conv(8, 2)), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        model[0].weight[:4], model[1].weight[:4], model[2].weight[:, :4] = 0, 0, 0
+        model[1].weight[4, 0] = 0
+    small = compact(model, x)
+    assert small[1].groups == 1
+    assert small[1].weight.shape == (4, 4, 3, 3)
