@@ -64,7 +64,10 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
     """Columns and the accuracies in them."""
     x = task.batches[0][:1]
     if method in PEERS:
-        model = torch_pruned(task.model, x, ratio, everywhere=PEERS[method])
+        found = torch_pruned(task.model, x, ratio, everywhere=PEERS[method])
+        if found is None:
+            return
+        model = found
     else:
         model = copy.deepcopy(task.model)
         options: dict[str, Any] = {"method": method, "granularity": "channel", "of": "macs"}

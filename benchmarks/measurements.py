@@ -39,7 +39,7 @@ def parser(
     result.add_argument("--networks", nargs="+", choices=networks, default=networks)
     result.add_argument("--seeds", type=int, default=5)
     result.add_argument("--stages", nargs="+", choices=stages, default=stages)
-    result.add_argument("--folder", type=Path, default=Path("trained"), help="for the networks")
+    result.add_argument("--folder", type=Path, default=Path("checkpoints"), help="for the networks")
     result.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     result.add_argument("--device", default="cpu", help="for networks that label pixels")
     result.add_argument("--publish", action="store_true", help="measure nothing")

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["residual", "U-Net"])
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path("trained"), help="for the networks")
+    parser.add_argument("--folder", type=Path, default=Path("checkpoints"), help="for the networks")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| network | batches | unit variance | scale and mean |\n|---|---|---|---|")

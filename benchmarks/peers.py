@@ -14,8 +14,12 @@ from fxlean import report
 TRIALS = 12
 
 
-def torch_pruned(model: nn.Module, x: Tensor, ratio: float, *, everywhere: bool) -> nn.Module:
+def torch_pruned(
+    model: nn.Module, x: Tensor, ratio: float, *, everywhere: bool
+) -> nn.Module | None:
     """A copy pruned by group magnitude to at most this fraction of the MACs, as near as it gets.
+
+    None where it does not get so far.
 
     Args:
         model: not changed.
@@ -26,7 +30,8 @@ def torch_pruned(model: nn.Module, x: Tensor, ratio: float, *, everywhere: bool)
     Torch-Pruning asks for a fraction of the channels, so the one that fits is found by bisection.
     """
     total = report(model, x).macs
-    low, high, best = 0.0, 1.0, None
+    low, high = 0.0, 1.0
+    best: nn.Module | None = None
     for _ in range(TRIALS):
         middle = (low + high) / 2
         candidate = _pruned(model, x, middle, everywhere)
@@ -34,7 +39,6 @@ def torch_pruned(model: nn.Module, x: Tensor, ratio: float, *, everywhere: bool)
             high, best = middle, candidate
         else:
             low = middle
-    assert best is not None
     return best
 
 

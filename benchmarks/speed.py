@@ -39,7 +39,8 @@ def row(name: str, ratio: float, options: argparse.Namespace) -> str:
     x = torch.randn(options.batch, channels, size, size).to(options.device, options.dtype)
     networks = [dense, small(dense, x, ratio, 1), small(dense, x, ratio, 8)]
     try:
-        networks.append(torch_pruned(dense, x, ratio, everywhere=False).eval())
+        peer = torch_pruned(dense, x, ratio, everywhere=False)
+        networks += [peer.eval()] if peer else []
     except Exception as err:  # whatever Torch-Pruning raises for what it cannot prune
         warnings.warn(f"{name}: {type(err).__name__}: {err}", stacklevel=1)
     ready: Callable[[nn.Module], nn.Module] = torch.compile if options.compiled else lambda m: m
