@@ -35,7 +35,7 @@ def run_apart(code, folder):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_the_code_on_the_pages_runs(page, tmp_path, monkeypatch):
+def test_the_code_on_the_pages_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
     with warnings.catch_warnings():
@@ -47,6 +47,8 @@ def test_the_code_on_the_pages_runs(page, tmp_path, monkeypatch):
             else:
                 names |= given(page)
                 exec(compile("\n" * block.line + block.code, page, "exec"), names)
+                printed = capsys.readouterr().out
+                assert block.output is None or printed.rstrip() == block.output.rstrip()
 
 
 def test_code_runs_apart_only_without_fxlean(tmp_path):

@@ -16,17 +16,28 @@ from torch import nn
 from tests.support.blocks import conv_bn, conv_bn_relu, residual
 
 ROOT = Path(__file__).parents[2]
-BLOCK = re.compile(r"(<!-- without fxlean -->\n)?^( *)```python\n(.*?)^\2```$", re.S | re.M)
+BLOCK = re.compile(
+    r"(<!-- without fxlean -->\n)?^( *)```python\n(.*?)^\2```$(?:\n\n```text\n(.*?)^```$)?",
+    re.S | re.M,
+)
 GIVEN = re.compile(r"<!-- given: (.*) -->")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Python on a page: its code, the line it begins at, and whether fxlean must be missing."""
+    """Python on a page.
+
+    Attributes:
+        code: without indentation.
+        line: at which it begins.
+        apart: whether it runs in a process that cannot import fxlean.
+        output: what it prints, if a block of text right behind it says so.
+    """
 
     code: str
     line: int
     apart: bool
+    output: str | None
 
 
 def blocks(page):
@@ -34,7 +45,7 @@ def blocks(page):
     text = page.read_text()
     for found in BLOCK.finditer(text):
         line = text.count("\n", 0, found.start(3))
-        yield Block(textwrap.dedent(found[3]), line, found[1] is not None)
+        yield Block(textwrap.dedent(found[3]), line, found[1] is not None, found[4])
 
 
 def given(page):
