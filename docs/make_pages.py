@@ -1,9 +1,12 @@
 """Writes what the docs say of the code: `python docs/make_pages.py`.
 
-That is all of docs/operators.md, and the table of modules in docs/architecture.md.
+That is all of docs/operators.md, the table of modules in docs/architecture.md, and the figures of
+docs/how-it-works.md, which its own code draws.
 """
 
 import ast
+import os
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -93,8 +96,16 @@ def operators() -> str:
     )
 
 
+def draw() -> None:
+    """Run the code of the page with the example, which saves its figures beside it."""
+    page = (DOCS / "how-it-works.md").read_text()
+    os.chdir(DOCS / "images")
+    exec("\n".join(re.findall(r"^```python\n(.*?)^```$", page, re.S | re.M)), {})
+
+
 PAGES = {"architecture.md": architecture, "operators.md": operators}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
         (DOCS / name).write_text(page())
+    draw()

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
+import warnings
 
 import pytest
 import torch
@@ -11,9 +11,14 @@ from torch import nn
 
 import fxlean
 from fxlean.nn import Selected
+from tests.support.pages import PAGES, ROOT, blocks, given
 
-DOCS = Path(__file__).parent.parent / "docs"
-APART = "<!-- without fxlean -->"
+DOCS = ROOT / "docs"
+# Warnings that the code of a page causes in other packages.
+OF_OTHERS = {
+    "shipping.md": [("", DeprecationWarning), ("", FutureWarning)],  # of TorchScript, about itself
+    "training.md": [(".*does not have many workers", UserWarning), (".*LeafSpec", FutureWarning)],
+}
 BLOCKED = """
 import sys, warnings
 warnings.simplefilter("error")
@@ -23,49 +28,32 @@ sys.modules["fxlean"] = None  # whatever imports it fails
 """
 
 
-def blocks(page):
-    """The Python on a page, each block with whether it is for a process without fxlean."""
-    apart, lines = False, None
-    for line in (DOCS / page).read_text().splitlines():
-        if line == "```python":
-            lines = []
-        elif line == "```" and lines is not None:
-            yield apart, "\n".join(lines)
-            apart, lines = False, None
-        elif lines is not None:
-            lines.append(line)
-        else:
-            apart = apart or line == APART
-
-
 def run_apart(code, folder):
     command = [sys.executable, "-c", BLOCKED + textwrap.dedent(code)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_every_way_of_shipping(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_code_on_the_pages_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
-    for apart, code in blocks("shipping.md"):
-        if apart:
-            run_apart(code, tmp_path)
-        else:
-            exec(code, names)
+    with warnings.catch_warnings():
+        for message, category in OF_OTHERS.get(page.name, ()):
+            warnings.filterwarnings("ignore", message, category)
+        for block in blocks(page):
+            if block.apart:
+                run_apart(block.code, tmp_path)
+            else:
+                names |= given(page)
+                exec(compile("\n" * block.line + block.code, page, "exec"), names)
+                printed = capsys.readouterr().out
+                assert block.output is None or printed.rstrip() == block.output.rstrip()
+
+
+def test_code_runs_apart_only_without_fxlean(tmp_path):
     with pytest.raises(AssertionError, match="import of fxlean halted"):
         run_apart("import fxlean", tmp_path)
-
-
-@pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*isinstance.*LeafSpec.*:FutureWarning"
-)
-@pytest.mark.parametrize("page", ["index.md", "training.md"])
-def test_pages_whose_code_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    for _, code in blocks(page):
-        exec(code, names)
 
 
 def test_the_site_is_built_without_a_warning_and_has_every_page(tmp_path):
