@@ -1,9 +1,9 @@
-"""Trains, prunes, repairs, fine-tunes and compacts a network on several processes.
+"""Trains, calibrates, prunes, repairs, fine-tunes and compacts a network on several processes.
 
     torchrun --nproc-per-node=2 examples/finetune_ddp.py
 
 Every process has a share of the digits. Which channels go, and what repair makes of the others, is
-what the first process finds on its images; `DistributedDataParallel` averages the gradients. On
+decided by sums over the images of all; `DistributedDataParallel` averages the gradients. On
 machines with GPUs, leave out `backend` and move model and images to the process's own.
 """
 

@@ -1,4 +1,4 @@
-"""Several processes that train one model: what the first has chosen or computed, all have."""
+"""Several processes that train one model: choices of the first, and sums over all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 Choice = TypeVar("Choice")
 
@@ -17,7 +17,7 @@ def agreed(choice: Choice) -> Choice:
     Ranks differ: their batch norms have seen other data, and their random numbers are others. Every
     rank must call it, so all must prune.
     """
-    if _alone():
+    if alone():
         return choice
     choices = [choice]
     dist.broadcast_object_list(choices, src=0)
@@ -27,7 +27,7 @@ def agreed(choice: Choice) -> Choice:
 @torch.no_grad()
 def copy_first(model: nn.Module) -> None:
     """Give the model the parameters and buffers that it has on the first rank, in place."""
-    if _alone():
+    if alone():
         return
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = agreed({name: tensor.detach().cpu() for name, tensor in tensors.items()})
@@ -35,7 +35,20 @@ def copy_first(model: nn.Module) -> None:
         tensor.copy_(values[name])
 
 
-def _alone() -> bool:
+def summed(values: Tensor) -> Tensor:
+    """The sum over the values of all ranks; without a process group, the values.
+
+    Every rank must call it, with values of one shape and type. NCCL sums on GPUs only.
+    """
+    if alone():
+        return values
+    nccl = dist.get_backend() == dist.Backend.NCCL
+    total = values.to("cuda" if nccl else values.device, copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def alone() -> bool:
     """Whether there is no process group, or one of a single process."""
     group = dist.is_available() and dist.is_initialized()
     return not group or dist.get_world_size() == 1

@@ -1,4 +1,4 @@
-"""The scripts of the Circle-Square experiment, at a size that takes seconds."""
+"""The examples, at a size that takes seconds."""
 
 import os
 import subprocess
@@ -227,18 +227,41 @@ def test_other_checkpoints_are_refused_and_kept(tmp_path, monkeypatch):
         train_msd.main(arguments)
 
 
-def test_several_processes_prune_repair_and_tune_together():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = str(ROOT / "examples" / "finetune_ddp.py")
+def started(*command: str) -> str:
+    """What a script prints that runs in a process of its own."""
     done = subprocess.run(
-        [*command, script, "--epochs", "1", "--steps", "1"],
+        [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if "right" in line]
+    return done.stdout
+
+
+def test_several_processes_prune_repair_and_tune_together():
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    script = str(ROOT / "examples" / "finetune_ddp.py")
+    output = started(*launch, script, "--epochs", "1", "--steps", "1")
+    lines = [line for line in output.splitlines() if "right" in line]
     assert [line.split(":")[0] for line in lines][-2:] == ["fine-tuned", "compacted"]
     tuned, compacted = (line.split()[1] for line in lines[-2:])
     assert tuned == compacted
+
+
+def test_a_sweep_runs_what_is_missing_on_two_workers(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # other tests are running beside it
+    script = (str(ROOT / "examples" / "sweep.py"), "--folder", str(tmp_path), "--workers", "2")
+    small = ("--ratios", "0.3", "--seeds", "0", "--epochs", "1", "--steps", "1", "--methods")
+    assert "0 of 1 combinations are done" in started(*script, *small, "lean")
+    (first,) = (tmp_path / "rows").iterdir()
+    before = first.stat().st_mtime_ns
+    output = started(*script, *small, "lean", "relevance", "l1")
+    assert "1 of 3 combinations are done" in output
+    assert first.stat().st_mtime_ns == before
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 4
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    table = output[output.rindex("method  ") :].splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["lean", "relevance", "l1"]
+    assert started(*script, *small, "lean", "relevance", "l1").endswith("\n".join(table) + "\n")

@@ -85,7 +85,11 @@ def _every(x: Tensor, steps: Sequence[int]) -> Tensor:
 
 
 class Contributions:
-    """Collects what a layer reads, batch by batch, and says what its kernels contribute."""
+    """Collects what a layer reads, batch by batch, and says what its kernels contribute.
+
+    Attributes:
+        moments: of what the taps of each input channel see, or of what sampled kernels give.
+    """
 
     def __init__(self, weight: Weight) -> None:
         kernels = weight.kernels(weight.value.detach())
@@ -101,7 +105,8 @@ class Contributions:
         self._kernels = grouped.transpose(1, 2).reshape(weight.groups * columns, -1, taps)
         self._groups, self._sampled = weight.groups, taps > TAPS
         self._generator = torch.Generator().manual_seed(0)
-        self._moments = Moments()
+        shape = (self._kernels[..., 0].numel(), 1) if self._sampled else (len(self._kernels), taps)
+        self.moments = Moments(*shape, kernels.device)
 
     def add(self, x: Tensor, node: fx.Node) -> None:
         """Take in the input of one call, of shape (n, channels, *size) or (n, features)."""
@@ -115,7 +120,7 @@ class Contributions:
             self._add_sampled(view, axes)
             return
         for number, rows in spans(view, ELEMENTS):
-            self._moments.add(by_channel(view[number, :, rows], axes))
+            self.moments.add(by_channel(view[number, :, rows], axes))
 
     def _add_sampled(self, view: Tensor, axes: int) -> None:
         """Apply the kernels at random positions, or at all where there are few."""
@@ -127,19 +132,17 @@ class Contributions:
             where = [i[number : number + at_once] for i in index]
             seen = view.movedim(1, len(places))[tuple(where)]  # (positions, channels, *size)
             results = self._kernels @ seen.flatten(2).permute(1, 2, 0)
-            self._moments.add(results.reshape(-1, 1, results.shape[-1]))
+            self.moments.add(results.reshape(-1, 1, results.shape[-1]))
 
     def variances(self) -> Tensor:
         """What each kernel contributes, shape (out, in of the group), float64, at least 0."""
         channels, rows, taps = self._kernels.shape
-        if self._moments.count == 0:
-            found = torch.zeros(channels, rows, dtype=torch.float64)
-        elif self._sampled:
-            found = self._moments.covariance.reshape(channels, rows)
+        if self._sampled:
+            found = self.moments.covariance.reshape(channels, rows)
         else:
             at_once = max(1, ELEMENTS // (rows * taps))
             pairs = zip(
-                self._kernels.split(at_once), self._moments.covariance.split(at_once), strict=True
+                self._kernels.split(at_once), self.moments.covariance.split(at_once), strict=True
             )
             found = torch.cat([((k.double() @ r) * k).sum(-1) for k, r in pairs])
         found = found.reshape(self._groups, -1, rows).transpose(1, 2)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from ..channels.calls import read_call
 from ..channels.weights import Weight
 from ..errors import ArgumentError
+from ..ranks import summed
 from .elements import Elements, elements_of
 from .least_squares import correct
 from .shares import data_of
@@ -153,15 +154,13 @@ def correct_norm(pairs: Sequence[Pair], number: int, mean: Tensor, reference: Te
         for part, found in zip(pair.split(x.to(dtype) - y.to(dtype)), (fit, held), strict=True):
             found.append(part.transpose(0, 1).flatten(1))
     known = (mean - reference).to(dtype)
-    count = sum(part.shape[1] for part in fit)
-    total = torch.stack([part.sum(1, dtype=torch.float64) for part in fit]).sum(0)
-    shift = (total / count).to(dtype) - known
-    before, after = torch.zeros_like(total), torch.zeros_like(total)
+    shift = mean_of(fit).to(dtype) - known
+    before, after = torch.zeros_like(known.double()), torch.zeros_like(known.double())
     for part in held:
         left = part - known[:, None]
         before += left.square().sum(1, dtype=torch.float64)
         after += (left - shift[:, None]).square().sum(1, dtype=torch.float64)
-    mean += torch.where(after < before, shift, 0).to(mean.dtype)
+    mean += torch.where(summed(after) < summed(before), shift, 0).to(mean.dtype)
 
 
 def _constant(model: nn.Module, side: Side, stop: Stop) -> tuple[Elements | None, float]:
@@ -182,12 +181,18 @@ def _constant(model: nn.Module, side: Side, stop: Stop) -> tuple[Elements | None
 
 
 def spread_of(targets: Sequence[Tensor]) -> float:
-    """Squared deviations of all channels (dimension 1) from their means, added up."""
+    """Squared deviations of all channels (dimension 1) from their means, added up on all ranks."""
     if not targets:
         return 0.0
     flat = [target.double().transpose(0, 1).flatten(1) for target in targets]
-    mean = sum(part.sum(1) for part in flat) / sum(part.shape[1] for part in flat)
-    return sum(float((part - torch.as_tensor(mean)[:, None]).square().sum()) for part in flat)
+    mean = mean_of(flat)[:, None]
+    return float(summed(torch.stack([(part - mean).square().sum() for part in flat]).sum()))
+
+
+def mean_of(parts: Sequence[Tensor]) -> Tensor:
+    """The mean of every row of parts of shape (rows, any number), over all ranks, in float64."""
+    total = summed(torch.stack([part.sum(1, dtype=torch.float64) for part in parts]).sum(0))
+    return total / summed(torch.tensor(sum(part.shape[1] for part in parts)))
 
 
 def relative(error: float, spread: float) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ranks import alone, summed
+
 
 class Moments:
     """Mean and covariance of c vectors of t entries each, over all positions added so far.
@@ -14,12 +16,16 @@ class Moments:
 
     Source: Chan, Golub and LeVeque (1983), "Algorithms for computing the sample variance",
     equation 1.5, for covariances.
+
+    Attributes:
+        count: number of positions.
+        mean: of every entry, shape (c, t), float64.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, vectors: int, entries: int, device: torch.device) -> None:
         self.count = 0
-        self._mean: Tensor | None = None
-        self._scatter: Tensor | None = None
+        self.mean = torch.zeros(vectors, entries, dtype=torch.float64, device=device)
+        self._scatter = self.mean.new_zeros(vectors, entries, entries)
 
     def add(self, values: Tensor) -> None:
         """Take in more positions: values of shape (c, t, positions), any floating dtype."""
@@ -30,24 +36,27 @@ class Moments:
         mean = values.mean(-1, dtype=torch.float64)
         values = values - mean.to(values.dtype)[..., None]
         scatter = (values @ values.mT).double()
-        if self._mean is None or self._scatter is None:
-            self.count, self._mean, self._scatter = count, mean, scatter
-            return
         total = self.count + count
-        delta = mean - self._mean
-        self._scatter += scatter
-        self._scatter += (self.count * count / total) * delta[..., :, None] * delta[..., None, :]
-        self._mean += delta * (count / total)
+        delta = mean - self.mean
+        self._scatter += scatter + (self.count * count / total) * _squares(delta)
+        self.mean += delta * (count / total)
         self.count = total
 
-    @property
-    def mean(self) -> Tensor:
-        """Mean of every entry, shape (c, t), float64."""
-        assert self._mean is not None
-        return self._mean
+    def reduce(self) -> None:
+        """Take in what the other ranks have added; every rank must call it."""
+        if alone():
+            return
+        total = int(summed(torch.tensor(self.count)))
+        mean = summed(self.count * self.mean) / max(1, total)
+        self._scatter = summed(self._scatter + self.count * _squares(self.mean - mean))
+        self.count, self.mean = total, mean
 
     @property
     def covariance(self) -> Tensor:
-        """Covariance of the entries of every vector, shape (c, t, t), float64."""
-        assert self._scatter is not None
-        return self._scatter / self.count
+        """Covariance of the entries of every vector, shape (c, t, t), float64; 0 of nothing."""
+        return self._scatter / max(1, self.count)
+
+
+def _squares(values: Tensor) -> Tensor:
+    """Products of the entries of every vector with each other, shape (c, t, t)."""
+    return values[..., :, None] * values[..., None, :]

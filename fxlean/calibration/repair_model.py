@@ -7,12 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import ArgumentError
 from ..masking import is_masked, refresh_masks
-from ..ranks import copy_first
+from ..ranks import copy_first, summed
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import tensors_in
@@ -58,7 +59,8 @@ def repair(
 
     Masks, masked elements, types, devices and parameters that do not require gradients stay as they
     are. A model that fails to be repaired is left as it was. In a process group every rank must
-    repair, and all get what the first has found on its batches.
+    repair, each on batches of its own: all begin with the model and the reference of the first,
+    whose statistics may differ, and their sums and errors are over the batches of all.
 
     Args:
         model: pruned by `prune`, or by any masks or zeros of your own. Compact it afterwards.
@@ -95,8 +97,10 @@ def repair_towards(
 ) -> RepairResult:
     """Repair a model; `known` holds graphs of the reference, which rounds need not trace anew."""
     began = time.perf_counter()
-    values = saved(model)
+    values, theirs = saved(model), saved(reference)
     try:
+        copy_first(model)
+        copy_first(reference)
         data = list(example_and_batches(model, None, batches)[1])
         held = held_out([batch_size(batch) for batch in data])
         wanted = outputs_of(reference, data)
@@ -112,9 +116,11 @@ def repair_towards(
         put_back(values)
         raise
     finally:
+        put_back(theirs)
         refresh_masks(model)
-    samples = sum(batch_size(batch) for batch in data)
-    count = sum(round(batch_size(batch) * part) for batch, part in zip(data, held, strict=True))
+    sizes = [batch_size(batch) for batch in data]
+    chosen = sum(round(size * part) for size, part in zip(sizes, held, strict=True))
+    samples, count = summed(torch.tensor([sum(sizes), chosen])).tolist()
     seconds = time.perf_counter() - began
     return RepairResult(tuple(layers), before, after, samples - count, count, skipped, seconds)
 
@@ -252,7 +258,7 @@ def _check_alike(pairs: Sequence[Pair], model: nn.Module, reference: nn.Module) 
 def output_error(
     found: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]], held: Sequence[float]
 ) -> float:
-    """Relative error of the outputs on held-out samples; of those of equal shape."""
+    """Relative error of the outputs on held-out samples of all ranks; of those of equal shape."""
     error, targets = 0.0, defaultdict[int, list[Tensor]](list)
     for ours, theirs, part in zip(found, wanted, held, strict=True):
         for number, (mine, target) in enumerate(zip(ours, theirs, strict=False)):
@@ -260,7 +266,8 @@ def output_error(
             if mine.shape == target.shape and target.dim() > 1 and first < len(target):
                 error += float((mine[first:] - target[first:]).double().square().sum())
                 targets[number].append(target[first:])
-    return relative(error, sum(spread_of(found) for found in targets.values()))
+    total = float(summed(torch.tensor(error, dtype=torch.float64)))
+    return relative(total, sum(spread_of(found) for found in targets.values()))
 
 
 def batch_size(batch: Arguments) -> int:

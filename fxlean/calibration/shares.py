@@ -46,7 +46,8 @@ def shares_of(
         graph: its channels; its lengths are not read.
         trace: where its wiring came from.
         wired: where the graph came from.
-        batches: positional arguments of the model, one tuple a batch.
+        batches: positional arguments of the model, one tuple a batch. In a process group, those of
+            all ranks count, and every rank must call it.
 
     Returns:
         Between 0 and 1; 0 into a channel that does not vary, and along pruned kernels.
@@ -65,6 +66,7 @@ def shares_of(
         with same_random_states(model):
             for piece, walked in zip(found.pieces, own.walks, strict=True):
                 measured.add(Running(model, piece, piece.inputs or tensors_in(batch)), walked)
+    measured.reduce()
     shares = np.ones_like(graph.lengths)
     for block in wired.wiring.blocks:
         variances = measured.contributions[block.first].variances().cpu().numpy()
@@ -150,37 +152,52 @@ class _Measured:
     def _look(self, node: fx.Node, made: range, running: Running, walked: Walked) -> None:
         """Take in what a call reads that joins or merges channels."""
         nodes = [arg for arg in node.all_input_nodes if isinstance(walked.flows.get(arg), Flow)]
-        _, operands = self.joins.setdefault(made.start, (made, [_Operand() for _ in nodes]))
-        for operand, arg in zip(operands, nodes, strict=True):
-            operand.add(running.value(arg), walked.flows[arg], _factor(node, arg))
+        if made.start not in self.joins:
+            self.joins[made.start] = (
+                made,
+                [
+                    _Operand(walked.flows[arg], _factor(node, arg), running.value(arg).device)
+                    for arg in nodes
+                ],
+            )
+        for operand, arg in zip(self.joins[made.start][1], nodes, strict=True):
+            operand.add(running.value(arg), walked.flows[arg])
+
+    def reduce(self) -> None:
+        """Take in what the other ranks have seen."""
+        for contributions in self.contributions.values():
+            contributions.moments.reduce()
+        for _, operands in self.joins.values():
+            for operand in operands:
+                operand.moments.reduce()
 
 
 class _Operand:
-    """The moments of one operand of a join, by channel."""
+    """The moments of one operand of a join, by channel.
 
-    def __init__(self) -> None:
-        self._moments = Moments()
-        self._factor = 1.0
-        self._ids = torch.zeros(0, dtype=torch.int64)
+    Attributes:
+        moments: of the value at every place that has a channel of its own.
+    """
 
-    def add(self, value: Tensor, flow: Flow, factor: float) -> None:
+    def __init__(self, flow: Flow, factor: float, device: torch.device) -> None:
+        self._factor, self._ids = factor, flow.ids.reshape(-1)
+        self.moments = Moments(len(self._ids), 1, device)
+
+    def add(self, value: Tensor, flow: Flow) -> None:
         """Take in a value whose channels are known."""
-        self._ids, self._factor = flow.ids.reshape(-1), factor
         value = value.abs() if value.is_complex() else value
         value = value if value.is_floating_point() else value.float()
         varying = [dim for dim in range(value.dim()) if flow.varies(dim)]
         others = [dim for dim in range(value.dim()) if not flow.varies(dim)]
-        self._moments.add(value.permute(varying + others).reshape(len(self._ids), 1, -1))
+        self.moments.add(value.permute(varying + others).reshape(len(self._ids), 1, -1))
 
     def powers(self, *, summed: bool) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Channels, and the variance of each; times the number of its places if `summed`."""
         ids, places = distinct(self._ids)
-        if self._moments.count == 0:
-            return ids.numpy(), np.zeros(len(ids))
         index = places.numpy()
         count = np.bincount(index)
-        mean = self._moments.mean[:, 0].cpu().numpy()
-        variance = self._moments.covariance[:, 0, 0].cpu().numpy()
+        mean = self.moments.mean[:, 0].cpu().numpy()
+        variance = self.moments.covariance[:, 0, 0].cpu().numpy()
         average = np.bincount(index, mean) / count
         total = np.bincount(index, variance + (mean - average[index]) ** 2)
         powers = self._factor**2 * (total if summed else total / count)

@@ -6,6 +6,8 @@ itself, only deviations from means count. What means do is told apart, for layer
 A covariance of what the taps of the kernels see costs one product of matrices, after which the
 samples are not needed any more; where there are more taps than that is worth, the equations are
 applied by the convolution and the gradient of its weight, and nothing is unfolded.
+
+In a process group all sums are over the samples of all ranks.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from ..channels.weights import Weight
+from ..ranks import summed
 from .contributions import ELEMENTS, by_channel, geometry_of, options_of, spans, windows
 
 aten = torch.ops.aten
@@ -112,7 +115,7 @@ def systems(
         steps: how often each of the two is applied.
     """
     rows, columns = max(shape[0], NARROW * operator.weight.groups), prod(shape[1:])
-    positions = sum(sample.lacks[:, 0].numel() for sample in (*fit, *held))
+    positions = _positions([*fit, *held])
     entries = operator.weight.groups * columns**2
     by_covariance = positions * entries + 2 * steps * rows * columns**2
     by_convolution = 2 * steps * positions * rows * columns
@@ -123,14 +126,15 @@ def systems(
 def _covariance(operator: Operator, shape: torch.Size, samples: Sequence[Sample]) -> System:
     """From the covariance of all that the kernels of a group see.
 
-    Values are taken as deviations from the means of the first part, so that no digits are lost.
+    Values are taken as deviations from the means of first parts, so that no digits are lost.
     """
     groups, transposed = operator.weight.groups, bool(operator.options[3])
     axes = tuple(range(2, len(shape))) if transposed else ()
     first, lacks = next(_seen(operator, shape, samples))
-    offset, middle = first.mean(-1, keepdim=True), lacks.mean(-1, keepdim=True)
+    parts = summed(first.new_ones(()))
+    offset, middle = (summed(t.mean(-1, keepdim=True)) / parts for t in (first, lacks))
     columns, rows = first.shape[1], lacks.shape[1]
-    count, gram = 0, first.new_zeros(groups, columns, columns)
+    gram = first.new_zeros(groups, columns, columns)
     cross = first.new_zeros(groups, rows, columns)
     total, lacking, energy = (
         first.new_zeros(groups, size, dtype=torch.float64) for size in (columns, rows, rows)
@@ -142,7 +146,8 @@ def _covariance(operator: Operator, shape: torch.Size, samples: Sequence[Sample]
         total += seen.sum(-1, dtype=torch.float64)
         lacking += missing.sum(-1, dtype=torch.float64)
         energy += missing.double().square().sum(-1)
-        count += seen.shape[-1]
+    count = _positions(samples)
+    gram, cross, total, lacking, energy = map(summed, (gram, cross, total, lacking, energy))
     mean, lacking = total / count, lacking / count
     gram -= count * (mean[:, :, None] * mean[:, None, :]).to(gram.dtype)
     cross -= count * (lacking[:, :, None] * mean[:, None, :]).to(gram.dtype)
@@ -188,9 +193,9 @@ def _seen(
 def _convolution(operator: Operator, shape: torch.Size, samples: Sequence[Sample]) -> System:
     """With the convolution and the gradient of its weight as the only operators."""
     groups, x = operator.weight.groups, samples[0].x
-    count = sum(sample.lacks[:, 0].numel() for sample in samples)
-    lacking = sum(_per_channel(sample.lacks.double()) for sample in samples) / count
-    lacking = torch.as_tensor(lacking)
+    count = _positions(samples)
+    lacking = torch.stack([_per_channel(sample.lacks.double()) for sample in samples]).sum(0)
+    lacking = summed(lacking) / count
     # One output channel for each group adds up what every element of a kernel reads.
     single = x.new_zeros(groups, *shape[1:])
     total, squares, start = torch.zeros_like(single), torch.zeros_like(single), x.new_zeros(shape)
@@ -203,6 +208,7 @@ def _convolution(operator: Operator, shape: torch.Size, samples: Sequence[Sample
         squares += operator.gradient(sample.x.square(), ones, single)
         start += operator.gradient(sample.x, left, start)
         energy += _per_channel(left.double().square())
+    total, squares, start, energy = map(summed, (total, squares, start, energy))
     mean = total / count
 
     def product(kernels: Tensor) -> Tensor:
@@ -211,7 +217,7 @@ def _convolution(operator: Operator, shape: torch.Size, samples: Sequence[Sample
         for sample in samples:
             result = operator.apply(sample.x, kernels)
             found += operator.gradient(sample.x, result - _along(shift, result), kernels)
-        return found
+        return summed(found)
 
     def each(values: Tensor) -> Tensor:
         return values.repeat_interleave(shape[0] // groups, 0)
@@ -219,6 +225,11 @@ def _convolution(operator: Operator, shape: torch.Size, samples: Sequence[Sample
     diagonal = (squares - mean * total).clamp(min=0)
     lacking = lacking.to(x.dtype)
     return System(count, each(mean), each(diagonal), start, lacking, energy, product)
+
+
+def _positions(samples: Sequence[Sample]) -> int:
+    """Number of positions of the result."""
+    return int(summed(torch.tensor(sum(sample.lacks[:, 0].numel() for sample in samples))))
 
 
 def _per_channel(values: Tensor) -> Tensor:

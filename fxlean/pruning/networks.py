@@ -39,7 +39,8 @@ def trace(
     """The channels of a model, the edges between them, and their lengths.
 
     Arguments and errors are those of `prune`; the model is not changed. With `norm="share"` the
-    lengths are shares of variance, as for the method "relevance".
+    lengths are shares of variance, as for the method "relevance", and in a process group every rank
+    must call it.
     """
     check(
         model,

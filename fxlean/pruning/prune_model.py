@@ -74,7 +74,8 @@ def prune(
             channels only.
         calibration: unlabelled batches for "relevance": one, or an iterable such as a
             `DataLoader`, of tensors, tuples of arguments or dicts; labels beside the only input
-            are left out. Without them, noise of the shape of the example inputs.
+            are left out. Without them, noise of the shape of the example inputs. In a process
+            group those of all ranks count.
         granularity: "kernel", or "channel" for whole channels: at once all that can only go
             together.
         of: what the ratio is a fraction of: "kernels", the network's "parameters" or "macs"

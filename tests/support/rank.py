@@ -3,20 +3,26 @@
 import copy
 import hashlib
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxlean
+from fxlean.calibration import systems
+from tests.support.zoo import make
+
+NETWORKS = ("residual_downsample", "transposed", "classifier")
+WAYS = ("covariance", "convolution")  # to the equations of repair
 
 
-def network(rank: int) -> nn.Module:
+def network(rank: int) -> nn.Sequential:
     """The same weights on every rank, and batch norms that have seen other data."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)]
@@ -46,7 +52,7 @@ def everywhere(value: str) -> set[str]:
 def check_masks(rank: int, method: str, wrapped: bool, broadcast: bool) -> None:
     """All ranks have the same masks, and still have them after a step of training."""
     model = network(rank)
-    whole = model
+    whole: nn.Module = model
     if wrapped:
         whole = DistributedDataParallel(model, broadcast_buffers=broadcast)
     result = fxlean.prune(whole, 0.4, torch.zeros(1, 3, 12, 12), method=method)
@@ -68,9 +74,9 @@ def check_masks(rank: int, method: str, wrapped: bool, broadcast: bool) -> None:
 
 
 def check_repair(rank: int) -> None:
-    """What one rank has repaired and distilled on its batches is the same on all."""
-    model = network(0)
-    reference = copy.deepcopy(model)
+    """What is repaired and distilled is the same on all ranks, whose statistics were not."""
+    model = network(rank)
+    reference, own = copy.deepcopy(model), copy.deepcopy(model)
     torch.manual_seed(rank)
     batches = [torch.randn(16, 3, 12, 12) for _ in range(2)]
     fxlean.prune(model, 0.5, batches[0], granularity="channel", of="macs", method="l1")
@@ -82,6 +88,45 @@ def check_repair(rank: int) -> None:
         step()
         assert digest(model) != before
         assert len(everywhere(digest(model))) == 1
+        assert len(everywhere(str(model[1].running_mean))) == 1
+    torch.testing.assert_close(reference.state_dict(), own.state_dict(), rtol=0, atol=0)
+
+
+def batches_of(shape: torch.Size) -> list[Tensor]:
+    """Four batches of other sizes, scales and means each."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(size, *shape[1:]) for size in (8, 12, 5, 16)]
+    draws = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    return [(number + 1) * draw + number for number, draw in enumerate(draws)]
+
+
+def calibrated(name: str, way: str, which: slice) -> tuple[Any, ...]:
+    """Shares, masks, repaired state and errors of a network, on some of the batches."""
+    model, (x,) = make(name, torch.float64)
+    batches, reference = batches_of(x.shape)[which], copy.deepcopy(model)
+    options: dict[str, Any] = {"calibration": batches, "include_linear": True}
+    shares = fxlean.trace(model, x, norm="share", **options).lengths
+    fxlean.prune(model, 0.5, x, method="relevance", **options)
+    masks = {name: mask.clone() for name, mask in model.named_buffers() if "mask" in name}
+    with pytest.MonkeyPatch.context() as patch:
+        for other in WAYS:
+            patch.setattr(systems, f"_{other}", getattr(systems, f"_{way}"))
+        result = fxlean.repair(model, batches, reference)
+    assert result.after < result.before, name
+    errors = [(layer.before, layer.after) for layer in result.layers]
+    totals = (result.before, result.after, result.samples, result.held)
+    return torch.from_numpy(shares), masks, model.state_dict(), torch.tensor(errors), totals
+
+
+def check_sums(rank: int, expected: Sequence[tuple[Any, ...]]) -> None:
+    """Ranks with one and three batches find what one process finds on all four."""
+    cases = itertools.product(NETWORKS, WAYS)
+    for (name, way), wanted in zip(cases, expected, strict=True):
+        found = calibrated(name, way, slice(0, 1) if rank == 0 else slice(1, None))
+        try:
+            torch.testing.assert_close(found, wanted)
+        except AssertionError as err:
+            raise AssertionError(f"{name}, {way}") from err
 
 
 def check_refusals(rank: int) -> None:
@@ -99,12 +144,14 @@ def check_refusals(rank: int) -> None:
 
 def main() -> None:
     """Check all combinations."""
+    expected = [calibrated(*case, slice(None)) for case in itertools.product(NETWORKS, WAYS)]
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for wrapped, broadcast in itertools.product((True, False), (True, False)):
         for method in ("lean", "random"):
             check_masks(rank, method, wrapped, broadcast)
     check_repair(rank)
+    check_sums(rank, expected)
     check_refusals(rank)
     print(f"rank {rank}: same")
     dist.destroy_process_group()

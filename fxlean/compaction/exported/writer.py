@@ -42,6 +42,7 @@ def rewritten(model: nn.Module, arguments: Arguments) -> nn.Module:
             args,
             kwargs,
             dynamic_shapes=pytree.tree_map(_free, arguments),
+            strict=False,  # the default, but not of torch 2.6
         ).run_decompositions({})
         source = program.module()
     assert isinstance(source, fx.GraphModule)
