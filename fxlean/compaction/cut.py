@@ -105,18 +105,16 @@ def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
     if rows.all() and columns.all():
         return
     left = groups if groups == 1 else int(rows.sum()) * groups // len(rows)
+    chosen, read = rows.nonzero().flatten(), columns.nonzero().flatten()
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
             if tensor is None or tensor.dim() == 0:
                 continue
-            device = tensor.device
             transposed = tensor.dim() > 1 and getattr(module, "transposed", False)
-            if tensor.dim() == 1 or groups > 1:
-                part = tensor.detach()[(columns if transposed else rows).to(device)]
-            elif transposed:
-                part = tensor.detach()[columns.to(device)][:, rows.to(device)]
-            else:
-                part = tensor.detach()[rows.to(device)][:, columns.to(device)]
+            first, second = (read, chosen) if transposed else (chosen, read)
+            part = tensor.detach().index_select(0, first.to(tensor.device))
+            if tensor.dim() > 1 and groups == 1:
+                part = part.index_select(1, second.to(tensor.device))
             trained = isinstance(tensor, nn.Parameter)
             tensors[name] = nn.Parameter(part, tensor.requires_grad) if trained else part
     widths = {"in": int(columns.sum()), "out": int(rows.sum())}

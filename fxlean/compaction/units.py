@@ -101,7 +101,7 @@ def units_of(model: nn.Module, trace: Trace) -> Units:
     for follow in FOLLOW:
         slots = slots_of(bare, trace, follow)
         units = _units(bare, slots)
-        if not slots.assumed or _works(bare, units, trace.arguments):
+        if not slots.assumed or _works(bare, units, trace):
             return units
     raise AssertionError("without assumptions there is nothing to try")
 
@@ -199,16 +199,16 @@ def cut(bare: nn.Module, units: Units, gone: NDArray[np.bool_], arguments: Argum
     return fitted(result, arguments)
 
 
-def _works(bare: nn.Module, units: Units, arguments: Arguments) -> bool:
+def _works(bare: nn.Module, units: Units, trace: Trace) -> bool:
     """Whether a model runs without every third unit, and returns tensors of the same shapes."""
     gone = np.arange(units.count) % 3 == 2
     stays = np.append(~gone, True)
     for use in units.uses:
         for side in (use.rows, use.columns):
             gone[side[side >= 0]] &= stays[side].any()
-    expected = outputs(bare, [arguments])
+    arguments = trace.arguments
     try:
-        found = outputs(cut(bare, units, gone, arguments), [arguments])
+        (found,) = outputs(cut(bare, units, gone, arguments), [arguments])
     except Exception:  # whatever the code of the model raises on fewer channels
         return False
-    return [[t.shape for t in one] for one in found] == [[t.shape for t in one] for one in expected]
+    return [tensor.shape for tensor in found] == [tensor.shape for tensor in trace.results]

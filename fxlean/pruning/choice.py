@@ -9,18 +9,15 @@ from functools import cache
 import numpy as np
 from torch import nn
 
-from ..channels.graph import ChannelGraph
 from ..compaction.attempts import compact
 from ..compaction.units import cut, units_of
 from ..costs import layer_costs
 from ..masking import remove_masks
-from ..selection.methods import Method
 from ..tracing.sandbox import copied
 from ..tracing.tracer import Trace
 from .channels import Channels, Flags, find_channels
 from .masks import apply_masks, parameter_masks
-from .prunable import Network
-from .targets import Target, kernels_within, unit_costs, units_within
+from .targets import Problem, Target, kernels_within, unit_costs, units_within
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,27 +36,17 @@ class Choice:
     pinned: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose_kernels(
-    model: nn.Module,
-    trace: Trace,
-    network: Network,
-    graph: ChannelGraph,
-    method: Method,
-    generator: np.random.Generator,
-    target: Target,
-) -> Choice:
+def choose_kernels(model: nn.Module, trace: Trace, problem: Problem) -> Choice:
     """Kernels one by one.
 
     Args:
         model: not changed.
         trace: of the model.
-        network: what there is to prune.
-        graph: of the network, with lengths.
-        method: how to choose.
-        generator: for a method that draws.
-        target: what is to be left.
+        problem: what to choose from.
     """
     from ..selection.liveness import zero_channels  # here, because numba takes long to import
+
+    network, target = problem.network, problem.target
 
     def compacted(_: nn.Module, keep: Flags) -> nn.Module:
         pruned = copied(model)
@@ -70,24 +57,16 @@ def choose_kernels(
 
     costs = () if target.of == "kernels" else layer_costs(model, trace)
     measured = _measured(model, target, compacted)
-    return Choice(*kernels_within(network, graph, costs, method, generator, target, measured))
+    return Choice(*kernels_within(problem, costs, measured))
 
 
-def choose_channels(
-    model: nn.Module,
-    trace: Trace,
-    network: Network,
-    graph: ChannelGraph,
-    method: Method,
-    generator: np.random.Generator,
-    target: Target,
-) -> Choice:
+def choose_channels(model: nn.Module, trace: Trace, problem: Problem) -> Choice:
     """Whole channels; the arguments are those of `choose_kernels`."""
-    channels = find_channels(network, units_of(model, trace))
-    together = np.maximum if method.chains else np.add
-    scores = channels.scores(method.scores(graph, generator), together)
+    channels, target = find_channels(problem.network, units_of(model, trace)), problem.target
+    together = np.maximum if problem.method.chains else np.add
+    scores = channels.scores(problem.scores(), together)
     totals = {
-        "kernels": graph.num_kernels,
+        "kernels": problem.network.graph.num_kernels,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "macs": sum(cost.macs for cost in layer_costs(model, trace)),
     }

@@ -58,6 +58,8 @@ def check(
         if not isinstance(value, bool):
             raise ArgumentError(f"{name} is {value!r}. Pass True or False.")
     resolve_ignored(unwrapped(model), ignore)
+    if isinstance(at_least, Mapping):
+        resolve_ignored(unwrapped(model), at_least, "at_least")
 
 
 def check_ratio(ratio: Any) -> None:

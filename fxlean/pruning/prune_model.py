@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from .options import LATENCY, check
 from .progress import Stages
 from .prunable import Network
 from .result import LayerCount, PruneResult, times
-from .targets import Target, least_of
+from .targets import Problem, Target, least_of
 
 
 def prune(
@@ -140,10 +141,11 @@ def prune(
         names = [layer.name for layer in graph.layers]
         measured = latency_on(trace.arguments) if of == LATENCY else of
         target = Target(float(ratio), measured, least_of(model, at_least, names), round_to)
-        choose = choose_channels if by_channel else choose_kernels
-        choice = choose(model, trace, network, graph, chosen, _generator(method), target)
+        problem = Problem(replace(network, graph=graph), chosen, _generator(method), target)
+        choice = (choose_channels if by_channel else choose_kernels)(model, trace, problem)
         keep, selected = choice.keep, int(choice.keep.sum())
-        graph = network.graph  # the same without lengths, which are as large as the model
+        del problem  # its lengths are as large as the model
+        graph = network.graph
         if redundancy:
             keep = used_kernels(graph, keep)
         zero = zero_channels(graph, keep, redundancy=redundancy)

@@ -51,39 +51,55 @@ def least_of(model: nn.Module, at_least: Any, layers: Sequence[str]) -> dict[str
         return dict.fromkeys(layers, 0.0 if at_least is None else float(at_least))
     found = dict.fromkeys(layers, 0.0)
     for pattern, fraction in at_least.items():
-        names = resolve_ignored(model, [pattern])
+        names = resolve_ignored(model, [pattern], "at_least")
         inside = {layer for layer in layers for name in names if name.startswith(f"{layer}.")}
         found |= dict.fromkeys(inside, float(fraction))
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What a choice is made from.
+
+    Attributes:
+        network: what there is to prune, with lengths in its graph.
+        method: how to choose.
+        generator: for a method that draws.
+        target: what is to be left.
+    """
+
+    network: Network
+    method: Method
+    generator: np.random.Generator
+    target: Target
+
+    def select(self, budget: int) -> tuple[Flags, int]:
+        """Kernels to keep, and the number of chains."""
+        return self.method.select(self.network.graph, budget, self.generator)
+
+    def scores(self) -> NDArray[np.floating]:
+        """What every kernel is worth."""
+        return self.method.scores(self.network.graph, self.generator)
+
+
 def kernels_within(
-    network: Network,
-    graph: ChannelGraph,
-    layer_costs: Sequence[LayerCost],
-    method: Method,
-    generator: np.random.Generator,
-    target: Target,
-    measured: Callable[[Flags], float],
+    problem: Problem, layer_costs: Sequence[LayerCost], measured: Callable[[Flags], float]
 ) -> tuple[Flags, int]:
     """Kernels to keep, and the number of chains, so that what they cost is within a target.
 
     Methods that extract chains choose as many kernels as fit; the others rank by score over cost.
 
     Args:
-        network: what there is to prune.
-        graph: of the network, with lengths.
-        layer_costs: of its layers.
-        method: how to choose.
-        generator: for a method that draws.
-        target: what is to be left.
+        problem: what to choose from.
+        layer_costs: of the layers of the network.
         measured: the fraction that a keep mask leaves of what the target measures.
     """
+    graph, target = problem.network.graph, problem.target
     if target.of == "kernels" and not any(target.least.values()):
-        return method.select(graph, int(target.ratio * graph.num_kernels), generator)
+        return problem.select(int(target.ratio * graph.num_kernels))
     counted = isinstance(target.of, str)
-    costs = _kernel_costs(network, layer_costs, str(target.of) if counted else "macs")
-    scores = method.scores(graph, generator)
+    costs = _kernel_costs(problem.network, layer_costs, str(target.of) if counted else "macs")
+    scores = problem.scores()
     forced = _forced(graph, scores, target.least)
     rank = scores / np.maximum(costs, 1e-12)
     order = np.lexsort((np.arange(len(rank)), -rank, ~forced))
@@ -92,8 +108,8 @@ def kernels_within(
 
     def chosen(budget: int) -> Flags:
         nonlocal chains
-        if method.chains:
-            keep, chains = method.select(graph, budget, generator)
+        if problem.method.chains:
+            keep, chains = problem.select(budget)
             return keep | forced
         keep = forced.copy()
         keep[order[:budget]] = True

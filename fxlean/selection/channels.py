@@ -38,7 +38,8 @@ class Costs:
 
     def total(self, gone: NDArray[np.bool_]) -> float:
         """The cost without some units, True where they are gone."""
-        return self.of(np.arange(len(self.rows)), *self.left(gone))
+        rows, columns = self.left(gone)
+        return float(self.product @ (rows * columns) + self.linear @ rows)
 
     def left(self, gone: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """How many rows and columns every use has left without some units, each shape (n,)."""
@@ -46,12 +47,6 @@ class Costs:
         sides = (self.rows, self.columns)
         rows, columns = (np.array([stays[u].sum() for u in s], dtype=np.int64) for s in sides)
         return rows, columns
-
-    def of(
-        self, uses: NDArray[np.int64], rows: NDArray[np.int64], columns: NDArray[np.int64]
-    ) -> float:
-        """What some uses cost with so many rows and columns, each shape (uses,)."""
-        return float(self.product[uses] @ (rows * columns) + self.linear[uses] @ rows)
 
 
 @dataclass(eq=False)
@@ -61,15 +56,29 @@ class _Class:
     Attributes:
         uses: numbers of the uses that it touches.
         rows, columns: how many of their channels one unit is.
+        least: how many rows they must keep if any of them go.
+        product, linear: factors of their cost.
         members: the units, the lowest score first.
+        multiple: the number of units that stay is a multiple of it.
         next: how many of them are gone.
     """
 
     uses: NDArray[np.int64]
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
+    least: NDArray[np.int64]
+    product: NDArray[np.float64]
+    linear: NDArray[np.float64]
     members: NDArray[np.int64]
+    multiple: int
     next: int = 0
+
+    def step(self) -> NDArray[np.int64]:
+        """The units that go next: so many that a multiple stays, above 1 never nothing."""
+        left = len(self.members) - self.next
+        count = left % self.multiple or self.multiple
+        count = 0 if self.multiple > 1 and count == left else count
+        return self.members[self.next : self.next + count]
 
 
 def removal_order(
@@ -91,70 +100,70 @@ def removal_order(
         round_to: every step leaves a multiple of so many channels of each class of units.
     """
     rows, columns = costs.left(gone)
-    least = np.maximum(costs.least, 1)
 
-    def cost(uses: NDArray[np.int64]) -> float:
-        return costs.of(uses, rows[uses], columns[uses])
-
-    def value(group: _Class) -> float:
-        """Score per cost saved of the next step of a class, infinite if there can be none."""
-        members = _step(group, round_to)
-        left = rows[group.uses] - len(members) * group.rows
-        others = columns[group.uses] - len(members) * group.columns
-        if not len(members) or (left < least[group.uses])[group.rows > 0].any() or others.min() < 1:
-            return inf
-        saved = cost(group.uses) - costs.of(group.uses, left, others)
-        return float(scores[members].sum()) / saved if saved > 0 else inf
+    def value(group: _Class) -> tuple[float, float]:
+        """Score per cost saved of the next step of a class, infinite if none, and that saving."""
+        members = group.step()
+        before, read = rows[group.uses], columns[group.uses]
+        after = before - len(members) * group.rows
+        others = read - len(members) * group.columns
+        if not len(members) or (after < group.least).any() or others.min() < 1:
+            return inf, 0.0
+        saved = group.product @ (before * read - after * others) + group.linear @ (before - after)
+        return float(scores[members].sum() / saved) if saved > 0 else inf, float(saved)
 
     total = costs.total(gone)
-    classes = _classes(costs, scores, gone)
-    heap = [(value(group), number) for number, group in enumerate(classes)]
+    classes = _classes(costs, scores, gone, round_to)
+    heap = [(value(group)[0], number) for number, group in enumerate(classes)]
     heapq.heapify(heap)
     while heap and heap[0][0] < inf:
         _, number = heapq.heappop(heap)
         group = classes[number]
-        now = value(group)
+        now, saved = value(group)
         if heap and (now, number) > heap[0]:
             heapq.heappush(heap, (now, number))
             continue
         if now == inf:
             return
-        members = _step(group, round_to)
-        before = cost(group.uses)
+        members = group.step()
         rows[group.uses] -= len(members) * group.rows
         columns[group.uses] -= len(members) * group.columns
-        total -= before - cost(group.uses)
+        total -= saved
         group.next += len(members)
         yield members, total
-        heapq.heappush(heap, (value(group), number))
+        heapq.heappush(heap, (value(group)[0], number))
 
 
-def _step(group: _Class, round_to: int) -> NDArray[np.int64]:
-    """The units of a class that go next: so many that a multiple of `round_to` channels stays."""
-    most = int(max(group.rows.max(), group.columns.max()))
-    multiple = round_to // gcd(round_to, most)
-    left = len(group.members) - group.next
-    count = left % multiple or multiple
-    # The last ones stay, so that the number stays a multiple.
-    count = 0 if multiple > 1 and count == left else count
-    return group.members[group.next : group.next + count]
-
-
-def _classes(costs: Costs, scores: NDArray[np.float64], gone: NDArray[np.bool_]) -> list[_Class]:
+def _classes(
+    costs: Costs, scores: NDArray[np.float64], gone: NDArray[np.bool_], round_to: int
+) -> list[_Class]:
     """The classes of all units that are not gone."""
-    touched: dict[int, list[tuple[int, int, int]]] = {}
-    for number, (written, read) in enumerate(zip(costs.rows, costs.columns, strict=True)):
-        counts = [np.bincount(units + 1, minlength=len(gone) + 1)[1:] for units in (written, read)]
-        for unit in np.flatnonzero(counts[0] + counts[1]).tolist():
-            part = (number, int(counts[0][unit]), int(counts[1][unit]))
-            touched.setdefault(unit, []).append(part)
-    members: dict[tuple[tuple[int, int, int], ...], list[int]] = {}
-    for unit in sorted(touched):
-        if not gone[unit]:
-            members.setdefault(tuple(touched[unit]), []).append(unit)
+    parts = [np.zeros((4, 0), dtype=np.int64)]  # a unit, a use, and how many rows and columns
+    for number, sides in enumerate(zip(costs.rows, costs.columns, strict=True)):
+        counts = np.stack([np.bincount(ids + 1, minlength=len(gone) + 1)[1:] for ids in sides])
+        places = np.flatnonzero(counts.any(0))
+        parts.append(np.vstack([places, np.full_like(places, number), counts[:, places]]))
+    touched = np.concatenate(parts, axis=1)
+    touched = touched[:, np.argsort(touched[0], kind="stable")]
+    starts = np.searchsorted(touched[0], np.arange(len(gone) + 1))
+    members: dict[bytes, list[int]] = {}
+    for unit in np.flatnonzero(~gone & (np.diff(starts) > 0)).tolist():
+        own = touched[1:, starts[unit] : starts[unit + 1]]
+        members.setdefault(own.tobytes(), []).append(unit)
     found = []
-    for parts, units in members.items():
-        uses, rows, columns = np.array(parts, dtype=np.int64).T
+    for units in members.values():
+        uses, rows, columns = touched[1:, starts[units[0]] : starts[units[0] + 1]]
         order = np.argsort(scores[units], kind="stable")
-        found.append(_Class(uses, rows, columns, np.array(units, dtype=np.int64)[order]))
+        found.append(
+            _Class(
+                uses,
+                rows,
+                columns,
+                np.where(rows > 0, np.maximum(costs.least[uses], 1), 0),
+                costs.product[uses],
+                costs.linear[uses],
+                np.array(units, dtype=np.int64)[order],
+                round_to // gcd(round_to, int(max(rows.max(), columns.max()))),
+            )
+        )
     return found

@@ -82,8 +82,10 @@ def chain_scores(graph: ChannelGraph, *, complete: bool) -> NDArray[np.float64]:
             of LEAN begin and end anywhere.
     """
     through, _ = _through(graph, rows_of(graph), complete=complete)
-    finite = through[np.isfinite(through)]
-    return np.exp2(through - (finite.max() if len(finite) else 0.0))
+    longest = through.max(initial=NONE)
+    if longest > NONE:
+        through -= longest
+    return np.exp2(through, out=through)  # in place: new memory costs more than the arithmetic
 
 
 def _through(

@@ -129,13 +129,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def resolve_ignored(model: nn.Module, ignore: Any) -> frozenset[str]:
+def resolve_ignored(model: nn.Module, ignore: Any, option: str = "ignore") -> frozenset[str]:
     """Names of the parameters that `ignore` covers.
 
     Args:
         model: whose parameters they are.
         ignore: names of modules or parameters, glob patterns, modules, module types, or one of
             them. A module covers what it contains.
+        option: what the user calls them.
 
     Raises:
         ArgumentError: an entry is of another type, or matches nothing.
@@ -156,7 +157,7 @@ def resolve_ignored(model: nn.Module, ignore: Any) -> frozenset[str]:
         ignored |= {id(parameters[name]) for name in direct + below}
     if missing:
         raise ArgumentError(
-            f"ignore entries match nothing in {type(model).__name__}: "
+            f"{option} entries match nothing in {type(model).__name__}: "
             f"{', '.join(repr(entry) for entry in missing)}. Pass names from "
             "model.named_modules(), glob patterns on them, modules of this model or their types."
         )

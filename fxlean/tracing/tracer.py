@@ -82,14 +82,14 @@ class Trace:
         pieces: one graph, or one for each submodule that could be traced.
         called: names of the modules that the forward pass calls.
         arguments: on which the model was traced.
-        results: the tensors that the model returned in the real run, if it is in parts.
+        results: the tensors that the model returned in the real run.
         left_out: what could not be traced, and why.
     """
 
     pieces: tuple[Piece, ...]
     called: frozenset[str]
     arguments: Arguments
-    results: tuple[object, ...] = ()
+    results: tuple[Tensor, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -112,7 +112,8 @@ def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
     check_traceable(model)
     with LOCK:
         rehearsal = rehearsed(model, example_inputs)
-        _check_result(model, rehearsal.calls[""].result)
+        result = rehearsal.calls[""].result
+        _check_result(model, result)
         witness = Witness()
         try:
             piece = _trace(model, "", rehearsal, witness)
@@ -121,7 +122,8 @@ def trace_model(model: nn.Module, example_inputs: Any = None) -> Trace:
             trace = _trace_children(model, rehearsal, err, witness)
             _warn_of_parts(model, trace)
         else:
-            trace = Trace((piece,), frozenset(rehearsal.calls), rehearsal.arguments)
+            called = frozenset(rehearsal.calls)
+            trace = Trace((piece,), called, rehearsal.arguments, tuple(tensors_in(result)))
         _warn_of_survivors(model, witness)
     return trace
 

@@ -109,6 +109,7 @@ def test_bad_arguments(arguments, message):
         ({"metod": "lean"}, r"^metod is no option\. Did you mean method\? Pass any of method, ig"),
         ({"xyz": 1}, r"^xyz is no option\. Pass any of method, ignore"),
         ({"ignore": "nope"}, r"match nothing in Sequential: 'nope'"),
+        ({"at_least": {"nope": 0.5}}, r"^at_least entries match nothing in Sequential: 'nope'"),
         ({"method": {}}, r"method is \{\}\. Pass one of"),
         ({"redundancy": "no"}, r"redundancy is 'no'"),
         ({"example_inputs": "image"}, r"holds no tensor but str"),
