@@ -224,7 +224,8 @@ class Constants:
         """Whether zeroing elements of the parameter zeroes just these elements of the node.
 
         A product does; for anything else, run it: zero a random half of the elements, then the
-        other half. A weight norm divides by zero where a half holds all that it sums over.
+        other half. A weight norm divides by zero where a half holds all that it sums over. All
+        parameters are drawn, for a gain that is zero, as training often begins, proves nothing.
         """
         ancestors = [ancestor for ancestor in _ancestors(node) if ancestor.op == "call_function"]
         if all(
@@ -237,9 +238,15 @@ class Constants:
         source, parameter = self._named[origin.parameter]
         index = origin.flat_index(parameter.shape).to(parameter.device)
         generator = torch.Generator().manual_seed(0)
+        drawn = {
+            leaf: (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
+            for leaf in _ancestors(node)
+            if isinstance(tensor := self._state.get(leaf, ("", None))[1], torch.nn.Parameter)
+        }
         half = torch.rand(parameter.numel(), generator=generator) < 0.5
         for zeroed in (half.to(parameter.device), ~half.to(parameter.device)):
-            result = self._with(node, source, parameter.detach().flatten().masked_fill(zeroed, 0))
+            half_of_it = drawn[source].flatten().masked_fill(zeroed, 0)
+            result = self._with(node, drawn | {source: half_of_it})
             if bool(result[zeroed[index]].nan_to_num(0.0).any()):
                 return False
         return True
@@ -256,21 +263,23 @@ class Constants:
         if node in self._state:
             return None
         source, parameter = self._named[origin.parameter]
-        if not self._with(node, source, torch.zeros_like(parameter)).isnan().any():
+        if not self._with(node, {source: torch.zeros_like(parameter)}).isnan().any():
             return None
         shape = node.meta["val"].shape
         for ancestor in _ancestors(node):
             name, tensor = self._state.get(ancestor, ("", torch.zeros(0)))
             if ancestor is source or not isinstance(tensor, torch.nn.Parameter):
                 continue
-            if not self._with(node, ancestor, torch.zeros_like(tensor)).any():
+            if not self._with(node, {ancestor: torch.zeros_like(tensor)}).any():
                 index = torch.arange(tensor.numel()).reshape(tensor.shape)
                 return Origin(name, index.broadcast_to(shape))
         raise LookupError(name)
 
-    def _with(self, node: fx.Node, source: fx.Node, value: Tensor) -> Tensor:
-        """The value of a node if a parameter had another one."""
-        values: dict[fx.Node, Any] = {source: value.detach().reshape(source.meta["val"].shape)}
+    def _with(self, node: fx.Node, others: Mapping[fx.Node, Tensor]) -> Tensor:
+        """The value of a node if some parameters had other ones."""
+        values: dict[fx.Node, Any] = {
+            leaf: value.detach().reshape(leaf.meta["val"].shape) for leaf, value in others.items()
+        }
         result: Tensor = _evaluate(node, values, self._leaf)
         return result
 

@@ -12,8 +12,8 @@ from torch.nn.utils import prune as torch_prune
 import fxlean
 from fxlean.nn import RefreshMasks
 from fxlean.pruning.masks import apply_masks
-from fxlean.pruning.prunable import NORMED
-from tests.support.blocks import conv, conv_bn_relu
+from fxlean.pruning.prunable import COMPUTED, NORMED
+from tests.support.blocks import StandardisedConv2d, conv, conv_bn_relu
 from tests.support.oracles import read
 from tests.support.zoo import ZOO, make
 
@@ -205,6 +205,31 @@ def test_spectral_norm_is_left_alone_and_told(norm):
     assert result.skipped["1"] == NORMED
     assert [layer.name for layer in result.layers] == ["0", "2"]
     assert model(IMAGE).isfinite().all()
+
+
+class ScaledStandardised(StandardisedConv2d):
+    """One with a gain, as in networks without normalisation."""
+
+    def __init__(self, *args, gain):
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.full((self.out_channels, 1, 1, 1), gain))
+
+    def forward(self, input):
+        variance, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        weight = self.gain * (self.weight - mean) / torch.sqrt(variance + 1e-5)
+        return F.conv2d(input, weight, self.bias)
+
+
+@pytest.mark.parametrize("zero", ["gain", "weight"])
+def test_a_weight_that_is_zero_by_chance_is_not_taken_for_one_that_masks_can_zero(zero):
+    """A gain may start at zero; trained, it would bring back what masks had removed."""
+    torch.manual_seed(0)
+    layer = ScaledStandardised(4, 4, 3, gain=1.0)
+    with torch.no_grad():
+        getattr(layer, zero).zero_()
+    result = fxlean.prune(nn.Sequential(conv(3, 4), layer, conv(4, 4), conv(4, 2, 1)), 0.3, IMAGE)
+    assert result.skipped["1"] == COMPUTED
+    assert [row.name for row in result.layers] == ["0", "2"]
 
 
 def test_masks_that_are_there_are_narrowed_and_not_wrapped():
