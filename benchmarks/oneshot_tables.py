@@ -48,8 +48,6 @@ def format_network(
     for method in methods:
         for ratio in ratios:
             cells = [cell(values(found, network, method, ratio, name)) for name in COLUMNS]
-            if network.endswith(("MS-D", "group norm")):
-                cells[1] = ""  # has no batch norms
             if any(cells):
                 lines.append(f"| {method} | {ratio:g} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -128,41 +128,6 @@ def _samples(
     return fit, held, spread_of(targets)
 
 
-def correct_norm(pairs: Sequence[Pair], number: int, mean: Tensor, reference: Tensor) -> None:
-    """Shift the running mean of a batch norm by as much as its input has shifted, in place.
-
-    Only of channels whose held-out error falls. Both networks must have met before it.
-
-    Args:
-        pairs: run up to the batch norm.
-        number: of the stop.
-        mean: the running mean, changed in place.
-        reference: the running mean in the reference.
-    """
-    fit: list[Tensor] = []
-    held: list[Tensor] = []
-    for pair in pairs:
-        pair.mine.advance(pair.mine.stops[number].node)
-        pair.theirs.advance(pair.theirs.stops[number].node)
-        x, y = (
-            side.running.value(data_of(side.stops[number].node))
-            for side in (pair.mine, pair.theirs)
-        )
-        if x.shape != y.shape:
-            raise OtherDataError
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        for part, found in zip(pair.split(x.to(dtype) - y.to(dtype)), (fit, held), strict=True):
-            found.append(part.transpose(0, 1).flatten(1))
-    known = (mean - reference).to(dtype)
-    shift = mean_of(fit).to(dtype) - known
-    before, after = torch.zeros_like(known.double()), torch.zeros_like(known.double())
-    for part in held:
-        left = part - known[:, None]
-        before += left.square().sum(1, dtype=torch.float64)
-        after += (left - shift[:, None]).square().sum(1, dtype=torch.float64)
-    mean += torch.where(summed(after) < summed(before), shift, 0).to(mean.dtype)
-
-
 def _constant(model: nn.Module, side: Side, stop: Stop) -> tuple[Elements | None, float]:
     """What adds a constant to every output channel of a layer, and its sign.
 

@@ -25,12 +25,12 @@ from .corrections import (
     OtherDataError,
     Pair,
     correct_layer,
-    correct_norm,
     relative,
     spread_of,
 )
 from .elements import SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
+from .norm_corrections import correct_norm, correct_scale
 from .reference import is_unpruned, outputs_of, without_masks
 from .repair_result import RepairResult
 from .running import Known
@@ -54,8 +54,9 @@ def repair(
     Both networks run side by side. At each convolution and linear layer, in order, the kept kernels
     and the bias are solved for so that, from what the repaired layers before it feed it, the layer
     gives what it gives in the reference. Without a bias, the running mean of the batch norm
-    behind it takes the constant up. A quarter of the samples is held out, and every output
-    channel takes what is best there, or stays as it is.
+    behind it takes the constant up. Group and layer norms get a scale and a shift anew. A quarter
+    of the samples is held out, and every output channel takes what is best there, or stays as it
+    is.
 
     Masks, masked elements, types, devices and parameters that do not require gradients stay as they
     are. A model that fails to be repaired is left as it was. In a process group every rank must
@@ -69,7 +70,8 @@ def repair(
             them, noise of a shape that the model accepts.
         reference: the unpruned network; by default the model with its masks off, which is the
             unpruned one only if nothing but masks has changed since `prune`.
-        steps: conjugate gradient steps for each of the ridges that are tried at a layer.
+        steps: conjugate gradient steps for each of the ridges that are tried at a layer; with 0 no
+            kernels change, but constants and the scales and shifts of norms.
         progress: show a bar; by default on a terminal, if it takes seconds.
 
     Returns:
@@ -208,7 +210,9 @@ def _repair_piece(
     bar = tqdm(stops, "fxlean: repair", delay=DELAY, leave=False, disable=disable)
     for number, stop in enumerate(bar):
         try:
-            if stop.block is None:
+            if stop.scaled:
+                correct_scale(model, pairs, number)
+            elif stop.block is None:
                 name = pairs[0].theirs.stops[number].statistics
                 correct_norm(pairs, number, means[stop.statistics or ""], wanted[name or ""])
             else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..channels.calls import BatchNorm, read_call
+from ..channels.calls import BatchNorm, argument, aten, operator_of, read_call
 from ..channels.walk import Wired
 from ..channels.wiring import Block
 from ..tracing.inputs import Arguments
@@ -17,14 +17,16 @@ from ..tracing.leaves import tensors_in
 from ..tracing.tracer import Piece, Trace
 from .running import Known, Running, traced
 
+SCALED = frozenset({aten.native_group_norm, aten.native_layer_norm})
+
 
 @dataclass(frozen=True, eq=False)
 class Stop:
-    """A convolution, linear layer or batch norm.
+    """A convolution, linear layer, batch norm, or a group or layer norm with a scale and a shift.
 
     Attributes:
         node: its call.
-        block: its weight; None for a batch norm.
+        block: its weight; None for a norm.
         statistics: name of the running mean of a batch norm, or of the one that alone reads a
             layer; None where there is none, or several read it.
     """
@@ -33,10 +35,15 @@ class Stop:
     block: Block | None
     statistics: str | None
 
+    @property
+    def scaled(self) -> bool:
+        """Whether it is a group or layer norm."""
+        return operator_of(self.node) in SCALED
+
     def alike(self, other: Stop) -> bool:
         """Whether two networks can be compared here."""
         if self.block is None or other.block is None:
-            return self.block is other.block
+            return self.block is other.block and self.scaled == other.scaled
         mine, theirs = self.block.weight, other.block.weight
         return mine.value.shape == theirs.value.shape and mine.groups == theirs.groups
 
@@ -54,9 +61,16 @@ def stops_of(piece: Piece, made: Mapping[fx.Node, range], blocks: Sequence[Block
         if inside:
             reader = next(iter(node.users)) if len(node.users) == 1 else None
             found.append(Stop(node, firsts[inside.pop()], reader and means[reader]))
-        elif means[node] is not None:
+        elif means[node] is not None or _has_scale(node):
             found.append(Stop(node, None, means[node]))
     return found
+
+
+def _has_scale(node: fx.Node) -> bool:
+    """Whether it is a group or layer norm with a scale and a shift."""
+    if operator_of(node) not in SCALED:
+        return False
+    return None not in (argument(node, "weight"), argument(node, "bias"))
 
 
 def _running_mean(node: fx.Node) -> Any:
