@@ -28,7 +28,8 @@ channels: graph flow calls weights builder wiring site
 channels.rules: movements positions weighted table
 channels: walk
 calibration: moments contributions noise batches running shares elements systems least_squares
-calibration: side_by_side corrections norm_corrections reference repair_result repair_model statistics distillation
+calibration: side_by_side corrections norm_corrections reference repair_result repair_model
+calibration: statistics distillation
 selection: jit rows ranking liveness chains paths relevance methods channels
 costs
 checkpoint: layout

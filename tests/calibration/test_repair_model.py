@@ -188,6 +188,17 @@ def test_frozen_parameters_stay():
         fxlean.repair(model.requires_grad_(False), x, reference)
 
 
+def test_without_steps_only_constants_change():
+    model, x = residual_network()
+    reference = pruned(model, 0.3, x)
+    before = state(model)
+    result = fxlean.repair(model, x, reference, steps=0)
+    assert result.after < result.before
+    changed = [name for name in before if not torch.equal(model.state_dict()[name], before[name])]
+    assert changed
+    assert all(name.endswith(("bias", "running_mean")) for name in changed)
+
+
 def test_kernels_without_masks_stay_zero():
     model, x = residual_network()
     reference = pruned(model, 0.4, x)
