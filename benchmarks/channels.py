@@ -7,9 +7,11 @@ multiply-accumulates: by fxlean's methods and by Torch-Pruning (group magnitude,
 together or each by itself).
 Stages: `once` is pruning, batch norm statistics measured anew, and one repair; `rounds` are rounds
 of pruning and repair, and distillation without labels after them; `tuned` is equal fine-tuning with
-labels, of what pruning leaves and of what rounds leave. Measurements go to
+labels, of what pruning leaves and of what rounds leave; `speed` is the time of a batch on this
+machine, which must be idle, as a fraction of the unpruned network's. Measurements go to
 `benchmarks/channels.json` one by one, so that an interrupted run goes on where it stopped, and from
-it to the tables of `docs/results.md` (`--publish` alone makes these).
+it to the tables of `docs/results.md` and the figure in `docs/images` (`--publish` alone makes
+these).
 """
 
 from __future__ import annotations
@@ -18,13 +20,18 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from compaction import medians
+from matplotlib.figure import Figure
 from measurements import Case, Found, parser, run
 from oneshot_tables import cell, heading, values
 from peers import torch_pruned
 from results import insert
 from torch import nn
 from trained import NETWORKS, ROOT, Task, remeasured
+
+from circle_square import replacing  # isort: skip
 
 import fxlean
 
@@ -36,14 +43,23 @@ ROUNDS = 3
 STEPS = 200  # of distillation
 EPOCHS = (1, 3, 10)
 RATES = {"full rate": 1.0, "low rate": 0.1}  # fractions of the rate of the training
-STAGES = ("once", "rounds", "tuned")
+STAGES = ("once", "rounds", "tuned", "speed")
+RUNS = 31  # of every network whose time is taken
 COLUMNS = {
     "once": ("as pruned", "statistics", "repaired"),
     "rounds": ("rounds", "distilled"),
     "tuned": tuple(f"{n} epoch{'s' * (n > 1)}, {rate}" for rate in RATES for n in EPOCHS),
+    "speed": ("time",),
 }
 LAST = {stage: names[-1] for stage, names in COLUMNS.items()} | {"once": "statistics"}
 MEASURED = ROOT / "benchmarks" / "channels.json"
+FIGURE = ROOT / "docs" / "images" / "channels.png"
+LINES = (  # method, column, label and style
+    ("relevance", "rounds", "fxlean, three rounds", "C0-"),
+    ("relevance", "distilled", "fxlean, distilled", "C0--"),
+    ("Torch-Pruning, global", "statistics", "Torch-Pruning, global; statistics anew", "C1-"),
+    ("Torch-Pruning, local", "statistics", "Torch-Pruning, local; statistics anew", "C2-"),
+)
 MARKS = ("<!-- tables: benchmarks/channels.py -->", "<!-- end of tables of channels.py -->")
 
 
@@ -56,6 +72,7 @@ def cases(stages: Sequence[str]) -> Iterator[Case]:
                     "once": method in ("relevance", "l1", *PEERS) or ratio in TUNED,
                     "rounds": method == "relevance",
                     "tuned": method in ("relevance", *PEERS) and ratio in TUNED,
+                    "speed": method in ("relevance", *PEERS),
                 }[stage]:
                     yield stage, method, ratio
 
@@ -86,6 +103,10 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
         yield "rounds", task.accuracy(model)
         fxlean.distill(model, task.batches, task.model, STEPS, progress=False)
         yield "distilled", task.accuracy(model)
+    elif stage == "speed":
+        small = model.eval() if method in PEERS else fxlean.compact(model, x)
+        dense, time = medians([task.model, small], task.batches[0], RUNS)
+        yield "time", time / dense
     else:
         for column in COLUMNS["tuned"]:
             count, _, rate = column.split(" ", 2)
@@ -110,12 +131,37 @@ def format_network(found: Found, network: str) -> str:
     return "\n".join(lines)
 
 
+def draw(found: Found, networks: Sequence[str]) -> None:
+    """Accuracy against speed-up, without a label, of fxlean's networks and of Torch-Pruning's."""
+    timed = [name for name in networks if values(found, name, "relevance", RATIOS[0], "time")]
+    figure = Figure(figsize=(1 + 3.4 * len(timed), 3.4), layout="constrained")
+    for axes, network in zip(
+        np.atleast_1d(figure.subplots(1, len(timed), squeeze=True)), timed, strict=True
+    ):
+        dense = np.mean(values(found, network, "", 1.0, "unpruned"))
+        axes.axhline(dense, color="grey", lw=0.8)
+        for method, column, label, style in LINES:
+            times = [values(found, network, method, ratio, "time") for ratio in RATIOS]
+            marks = [values(found, network, method, ratio, column) for ratio in RATIOS]
+            points = [
+                (1 / np.mean(t), np.mean(m)) for t, m in zip(times, marks, strict=True) if t and m
+            ]
+            axes.plot(*zip((1.0, dense), *points, strict=True), style, marker=".", label=label)
+        axes.set(title=network, xlabel="times as fast as the unpruned network")
+    figure.axes[0].set_ylabel("accuracy, without labels")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    with replacing(FIGURE) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
 def main() -> None:
     """Measure what is missing, then publish."""
     networks = [name for name in NETWORKS if name != "MS-D"]  # its layers are one channel wide
     options = parser(__doc__, networks, STAGES).parse_args()
     found = run(options, list(cases(options.stages)), LAST, measure, MEASURED)
     known = [name for name in networks if values(found, name, "", 1.0, "unpruned")]
+    draw(found, known)
     insert(MARKS, "\n\n".join(format_network(found, name) for name in known))
 
 

@@ -53,6 +53,18 @@ def format_network(
     return "\n".join(lines)
 
 
+def format_rounds(found: Found) -> str:
+    """Accuracies by the number of rounds that led to a tenth of the kernels."""
+    columns = {"1": "repaired", "2": "2 rounds", "4": "rounds", "8": "8 rounds"}
+    networks = [name for name in NETWORKS if values(found, name, "relevance", 0.1, "8 rounds")]
+    lines = [f"| network | unpruned | {' | '.join(columns)} |", "|---" * 6 + "|"]
+    for name in networks:
+        cells = [cell(values(found, name, "relevance", 0.1, column)) for column in columns.values()]
+        unpruned = cell(values(found, name, "", 1.0, "unpruned"))
+        lines.append(f"| {name} | {unpruned} | {' | '.join(cells)} |")
+    return "\n".join(["**A tenth of the kernels, by the number of rounds**:", "", *lines])
+
+
 def format_tuning(found: Found) -> str:
     """Accuracies after fine-tuning, in columns by where it began and for how long."""
     names = list(dict.fromkeys(key[4] for key in found if key[4].endswith("epochs")))
@@ -105,4 +117,4 @@ def publish(found: Found, methods: Sequence[str], ratios: Sequence[float]) -> No
     draw(found, methods, ratios)
     networks = [name for name in NETWORKS if any(key[0] == name for key in found)]
     tables = [format_network(found, network, methods, ratios) for network in networks]
-    insert(MARKS, "\n\n".join(filter(None, [*tables, format_tuning(found)])))
+    insert(MARKS, "\n\n".join(filter(None, [*tables, format_rounds(found), format_tuning(found)])))
