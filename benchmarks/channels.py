@@ -133,11 +133,9 @@ def format_network(found: Found, network: str) -> str:
 
 def draw(found: Found, networks: Sequence[str]) -> None:
     """Accuracy against speed-up, without a label, of fxlean's networks and of Torch-Pruning's."""
-    timed = [name for name in networks if values(found, name, "relevance", RATIOS[0], "time")]
-    figure = Figure(figsize=(1 + 3.4 * len(timed), 3.4), layout="constrained")
-    for axes, network in zip(
-        np.atleast_1d(figure.subplots(1, len(timed), squeeze=True)), timed, strict=True
-    ):
+    figure = Figure(figsize=(2 + 3.4 * len(networks), 3.8), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(networks)))
+    for axes, network in zip(panels, networks, strict=True):
         dense = np.mean(values(found, network, "", 1.0, "unpruned"))
         axes.axhline(dense, color="grey", lw=0.8)
         for method, column, label, style in LINES:
@@ -161,7 +159,9 @@ def main() -> None:
     options = parser(__doc__, networks, STAGES).parse_args()
     found = run(options, list(cases(options.stages)), LAST, measure, MEASURED)
     known = [name for name in networks if values(found, name, "", 1.0, "unpruned")]
-    draw(found, known)
+    timed = [name for name in known if values(found, name, "relevance", RATIOS[0], "time")]
+    if timed:
+        draw(found, timed)
     insert(MARKS, "\n\n".join(format_network(found, name) for name in known))
 
 

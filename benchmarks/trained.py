@@ -31,6 +31,7 @@ from adapters.msd import MSD  # noqa: E402
 from fxlean.calibration.repair_model import repair_towards  # noqa: E402
 from fxlean.calibration.running import Known  # noqa: E402
 from fxlean.calibration.statistics import measure_statistics  # noqa: E402
+from fxlean.masking import is_masked  # noqa: E402
 
 NOISE = 0.22  # standard deviation on digits; the images are in [0, 1]
 SCALE = replace(SCALES["small"], batch=8)
@@ -57,12 +58,15 @@ class Task:
 
 
 def remeasured(model: nn.Module, task: Task) -> nn.Module:
-    """A copy with the statistics of its batch norms measured anew; without any, its biases."""
+    """A copy with the statistics of its batch norms measured anew; without any, its biases.
+
+    Those of a network that was cut have no counterparts in the unpruned one, and stay.
+    """
     result = copy.deepcopy(model)
     batches = [(batch,) for batch in task.batches]
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         measure_statistics(result, [(torch.cat(task.batches),)])
-    else:
+    elif is_masked(model):
         repair_towards(result, batches, task.model, task.known, steps=0, progress=False)
     return result
 
