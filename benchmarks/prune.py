@@ -1,6 +1,7 @@
 """Time and memory of the whole call of `fxlean.prune`, each measurement in a fresh process.
 
     python benchmarks/prune.py models      # large models, every method, beside Torch-Pruning
+    python benchmarks/prune.py channels    # choosing whole channels, against choosing kernels
     python benchmarks/prune.py growth      # against the number of edges, with a log-log plot
     python benchmarks/prune.py start       # import, first and second call, cold and warm cache
 
@@ -12,6 +13,7 @@ what the process held before it.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -29,6 +31,7 @@ LARGE = ("resnet50", "densenet201", "efficientnet_b7", "convnext_base", "vgg16_b
 YARDSTICK = ("resnet50", "vgg16_bn", "densenet201")
 GROWING = ("resnet18", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 METHODS = ("lean", "path", "spectral", "l1", "random")
+BY_CHANNELS = ("resnet50", "mobilenet_v2", "regnet_y_400mf", "densenet121")
 
 
 def measured(call: Callable[[], Any]) -> dict[str, float]:
@@ -217,6 +220,36 @@ def start() -> None:
         print(f"| {cache} | " + " | ".join(f"{value:.2f}" for value in seconds.values()) + " |")
 
 
+def channels() -> None:
+    """Processor time of choosing whole channels, in times that of choosing kernels."""
+    import torch
+    import torchvision
+
+    import fxlean
+
+    torch.set_num_threads(1)
+    x = torch.zeros(1, 3, 64, 64)
+
+    def spent(model: torch.nn.Module, method: str, granularity: str) -> float:
+        model = copy.deepcopy(model)
+        before = time.process_time()
+        fxlean.prune(model, 0.5, x, method=method, granularity=granularity)
+        return time.process_time() - before
+
+    print("| model | l1 | lean |\n|---|---|---|")
+    for name in ("resnet18", *BY_CHANNELS):  # what is compiled is, with the first
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(name, weights=None).eval()
+        cells = []
+        for method in ("l1", "lean"):
+            kernel, channel = (
+                min(spent(model, method, granularity) for _ in range(4))
+                for granularity in ("kernel", "channel")
+            )
+            cells.append(f"{channel / kernel:.2f}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     """Run one of the tables."""
     if sys.argv[1:2] == ["child"]:
@@ -225,11 +258,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("table", choices=["models", "growth", "start"])
+    parser.add_argument("table", choices=["models", "channels", "growth", "start"])
     parser.add_argument("--picture", type=Path, default=Path("docs/images/growth.png"))
     options = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
-    {"models": models, "growth": lambda: growth(options.picture), "start": start}[options.table]()
+    tables: dict[str, Callable[[], None]] = {
+        "models": models,
+        "channels": channels,
+        "growth": lambda: growth(options.picture),
+        "start": start,
+    }
+    tables[options.table]()
 
 
 if __name__ == "__main__":
