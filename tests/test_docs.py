@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fxlean
+from fxlean.channels.rules import table
 from fxlean.nn import Selected
 from tests.support.pages import PAGES, ROOT, blocks, given
 
@@ -37,6 +38,8 @@ def run_apart(code, folder):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_the_code_on_the_pages_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for registered in ("RULES", "RESIZES"):  # what a page registers is for that page
+        monkeypatch.setattr(table, registered, dict(getattr(table, registered)))
     names = {}
     with warnings.catch_warnings():
         for message, category in OF_OTHERS.get(page.name, ()):
