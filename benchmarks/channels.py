@@ -1,6 +1,6 @@
 """Accuracy of networks that lost whole channels, at equal multiply-accumulates.
 
-    python benchmarks/channels.py [--networks residual U-Net] [--seeds 3] [--stages once rounds]
+    python benchmarks/channels.py [--networks residual U-Net] [--jobs 2] [--stages once rounds]
 
 The networks of `trained.py` are pruned by whole channels to fractions of their
 multiply-accumulates: by fxlean's methods and by Torch-Pruning (group magnitude, layers ranked
@@ -8,10 +8,10 @@ together or each by itself).
 Stages: `once` is pruning, batch norm statistics measured anew, and one repair; `rounds` are rounds
 of pruning and repair, and distillation without labels after them; `tuned` is equal fine-tuning with
 labels, of what pruning leaves and of what rounds leave; `speed` is the time of a batch on this
-machine, which must be idle, as a fraction of the unpruned network's. Measurements go to
-`benchmarks/channels.json` one by one, so that an interrupted run goes on where it stopped, and from
-it to the tables of `docs/results.md` and the figure in `docs/images` (`--publish` alone makes
-these).
+machine, which must be idle, as a fraction of the unpruned network's; not by default. Measurements
+go to `benchmarks/channels.json` one by one, so that an interrupted run goes on where it stopped,
+and from it to the tables of `docs/results.md` and the figure in `docs/images` (`--publish` alone
+makes these).
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def draw(found: Found, networks: Sequence[str]) -> None:
 def main() -> None:
     """Measure what is missing, then publish."""
     networks = [name for name in NETWORKS if name != "MS-D"]  # its layers are one channel wide
-    options = parser(__doc__, networks, STAGES).parse_args()
+    options = parser(__doc__, networks, STAGES, STAGES[:3]).parse_args()
     found = run(options, list(cases(options.stages)), LAST, measure, MEASURED)
     known = [name for name in networks if values(found, name, "", 1.0, "unpruned")]
     timed = [name for name in known if values(found, name, "relevance", RATIOS[0], "time")]

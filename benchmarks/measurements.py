@@ -32,13 +32,13 @@ known_task = cache(trained)
 
 
 def parser(
-    about: str | None, networks: Sequence[str], stages: Sequence[str]
+    about: str | None, networks: Sequence[str], stages: Sequence[str], usual: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """The options of a benchmark that measures stages of networks."""
+    """The options of a benchmark that measures stages of networks, the usual ones by default."""
     result = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
     result.add_argument("--networks", nargs="+", choices=networks, default=networks)
     result.add_argument("--seeds", type=int, default=5)
-    result.add_argument("--stages", nargs="+", choices=stages, default=stages)
+    result.add_argument("--stages", nargs="+", choices=stages, default=usual)
     result.add_argument("--folder", type=Path, default=Path("checkpoints"), help="for the networks")
     result.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     result.add_argument("--device", default="cpu", help="for networks that label pixels")

@@ -1,6 +1,6 @@
 """Accuracy without labels: pruned, repaired, repaired in rounds, and distilled.
 
-    python benchmarks/oneshot.py [--networks residual MS-D] [--seeds 3] [--stages once rounds]
+    python benchmarks/oneshot.py [--networks residual MS-D] [--jobs 2] [--stages once rounds]
 
 The networks of `trained.py`, each seed with data and weights of its own, are pruned by every method
 to every ratio without a label or a training step. Measurements go to `benchmarks/oneshot.json`, one
@@ -101,7 +101,7 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
 
 def main() -> None:
     """Measure what is missing, then publish."""
-    options = parser(__doc__, list(NETWORKS), list(LAST)).parse_args()
+    options = parser(__doc__, list(NETWORKS), list(LAST), list(LAST)[:3]).parse_args()
     found = run(options, list(cases(options.stages)), LAST, measure, MEASURED)
     publish(found, METHODS, RATIOS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from .elements import Elements, elements_of
 from .shares import data_of
 from .side_by_side import Side
 
+NAMES = ("weight", "bias")
 Parts = list[tuple[Tensor, Tensor]]  # what a norm gives and what it should give, (entries, places)
 
 
@@ -52,7 +54,7 @@ def correct_norm(pairs: Sequence[Pair], number: int, mean: Tensor, reference: Te
     mean += torch.where(summed(after) < summed(before), shift, 0).to(mean.dtype)
 
 
-def correct_scale(model: nn.Module, pairs: Sequence[Pair], number: int) -> None:
+def correct_scale(model: nn.Module, pairs: Sequence[Pair], number: int, shared: set[str]) -> None:
     """Fit scale and shift of a group or layer norm to what it gives in the reference, in place.
 
     Channels that have gone change what all others of their group are divided by. Only of entries
@@ -62,8 +64,9 @@ def correct_scale(model: nn.Module, pairs: Sequence[Pair], number: int) -> None:
         model: whose norm it is.
         pairs: at least one of them holds samples out.
         number: of the stop.
+        shared: parameters that must stay, because others read them as well.
     """
-    found = _scale_and_shift(model, pairs[0].mine, number)
+    found = _scale_and_shift(model, pairs[0].mine, number, shared)
     if found is None:
         return
     scale, shift = found
@@ -83,18 +86,24 @@ def correct_scale(model: nn.Module, pairs: Sequence[Pair], number: int) -> None:
     scale.add(grown * scale.value())
 
 
-def _scale_and_shift(model: nn.Module, side: Side, number: int) -> tuple[Elements, Elements] | None:
-    """What a norm multiplies by and adds, if both may change and nothing else reads them."""
+def shared_scales(side: Side) -> set[str]:
+    """Parameters that several group and layer norms read."""
+    nodes = [argument(stop.node, name) for stop in side.stops if stop.scaled for name in NAMES]
+    origins = [side.running.origin(node) for node in nodes]
+    times = Counter(origin.parameter for origin in origins if origin is not None)
+    return {name for name, count in times.items() if count > 1}
+
+
+def _scale_and_shift(
+    model: nn.Module, side: Side, number: int, shared: set[str]
+) -> tuple[Elements, Elements] | None:
+    """What a norm multiplies by and adds, if both may change."""
     found = []
-    for name in ("weight", "bias"):
-        nodes = [argument(stop.node, name) for stop in side.stops if stop.scaled]
-        origins = [side.running.origin(node) for node in nodes]
+    for name in NAMES:
         node = argument(side.stops[number].node, name)
         origin = side.running.origin(node)
-        if origin is None or [o.parameter for o in origins if o].count(origin.parameter) > 1:
-            return None
         elements = elements_of(model, origin, side.running.value(node))
-        if isinstance(elements, str):
+        if isinstance(elements, str) or (origin is not None and origin.parameter in shared):
             return None
         found.append(elements)
     return found[0], found[1]

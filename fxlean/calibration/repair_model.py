@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError
 from ..masking import is_masked, refresh_masks
-from ..ranks import copy_first, summed
+from ..ranks import alone, copy_first, summed
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import tensors_in
@@ -30,7 +30,7 @@ from .corrections import (
 )
 from .elements import SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
-from .norm_corrections import correct_norm, correct_scale
+from .norm_corrections import correct_norm, correct_scale, shared_scales
 from .reference import is_unpruned, outputs_of, without_masks
 from .repair_result import RepairResult
 from .running import Known
@@ -99,7 +99,8 @@ def repair_towards(
 ) -> RepairResult:
     """Repair a model; `known` holds graphs of the reference, which rounds need not trace anew."""
     began = time.perf_counter()
-    values, theirs = saved(model), saved(reference)
+    values = saved(model)
+    theirs = {} if alone() else saved(reference)  # which `copy_first` may change
     try:
         copy_first(model)
         copy_first(reference)
@@ -205,13 +206,14 @@ def _repair_piece(
     """Correct the layers of one piece; yields their errors, or why they were left alone."""
     stops = pairs[0].mine.stops
     shared = shared_parameters(stop.block.weight for stop in stops if stop.block is not None)
+    shared |= shared_scales(pairs[0].mine)
     means, wanted = dict(model.named_buffers()), dict(reference.named_buffers())
     disable = None if progress is None else not progress
     bar = tqdm(stops, "fxlean: repair", delay=DELAY, leave=False, disable=disable)
     for number, stop in enumerate(bar):
         try:
             if stop.scaled:
-                correct_scale(model, pairs, number)
+                correct_scale(model, pairs, number, shared)
             elif stop.block is None:
                 name = pairs[0].theirs.stops[number].statistics
                 correct_norm(pairs, number, means[stop.statistics or ""], wanted[name or ""])
