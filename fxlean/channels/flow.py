@@ -73,7 +73,7 @@ def _compress(tensor: Tensor) -> Tensor:
     for dim in range(tensor.dim()):
         if tensor.shape[dim] > 1:
             first = tensor.narrow(dim, 0, 1)
-            if bool((tensor == first).all()):
+            if torch.equal(tensor, first.expand_as(tensor)):  # which stops at the first difference
                 tensor = first
     return tensor.contiguous()
 

@@ -13,7 +13,7 @@ import torch
 
 from .cut import cost, part_of
 from .slots import Application, Slots
-from .solve import Kept, components, solve
+from .solve import Kept, components, is_ragged, solve
 
 Layers = Mapping[str, Sequence[Application]]
 
@@ -32,11 +32,12 @@ def choose_slots(slots: Slots, layers: Layers) -> Kept:
     Whether to tie a layer is judged by what it saves the layer and those neighbours that would
     have more to compute; then it is tried all together.
     """
-    loose = solve(slots)
+    fill = is_ragged(slots)
+    loose = solve(slots, fill=fill)
     selecting = [name for name, applications in layers.items() if _selects(applications, loose)]
     if not selecting:
         return loose
-    tight = solve(slots, selecting)
+    tight = solve(slots, selecting, fill=fill)
     before, after = _costs(layers, loose), _costs(layers, tight)
     neighbours = _neighbours(slots, layers, loose, tight)
     tied = [
@@ -44,7 +45,7 @@ def choose_slots(slots: Slots, layers: Layers) -> Kept:
         for name in selecting
         if sum(after[other] - before[other] for other in neighbours[name] | {name}) <= 0
     ]
-    mixed, dense = solve(slots, tied), solve(slots, pinned=True)
+    mixed, dense = solve(slots, tied, fill=fill), solve(slots, pinned=True)
     plans = {
         mixed: _costs(layers, mixed),
         loose: before,

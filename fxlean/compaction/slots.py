@@ -68,11 +68,12 @@ class Application:
 
     def columns_read(self, rows: Tensor) -> Tensor:
         """The source channels that these rows (True where wanted) depend on, shape (columns,)."""
-        grouped = self.nonzero.reshape(self.groups, -1, self.nonzero.shape[1])
-        wanted = rows.reshape(self.groups, -1, 1)
-        read = (grouped & wanted).any(1).reshape(-1)
+        # In numpy, whose `any` over rows takes a thirtieth of the time of torch's.
+        if self.groups == 1:
+            return torch.from_numpy(self.nonzero.numpy()[rows.numpy()].any(0)) & ~self.source.zero
         # In groups a channel that is zero is read as well: its group may have a bias.
-        return read & ~self.source.zero if self.groups == 1 else read
+        grouped = (self.nonzero & rows[:, None]).reshape(self.groups, -1, self.nonzero.shape[1])
+        return torch.from_numpy(grouped.numpy().any(1).reshape(-1))
 
 
 @dataclass(eq=False)

@@ -15,59 +15,69 @@ RAGGED = 0.01  # from this fraction of zero kernels on, the number of channels i
 WIDTH = 16  # channels that vector units and tensor cores take at a time
 
 
-def solve(slots: Slots, tied: Collection[str] = (), *, pinned: bool = False) -> Kept:
-    """Which slots must be kept, and more where that is faster.
-
-    Where single kernels were pruned, how many channels happen to be left of a layer can make it
-    slow, so that a few more stay, see `fill_up`. Where whole channels were, somebody chose.
+def solve(
+    slots: Slots, tied: Collection[str] = (), *, pinned: bool = False, fill: bool = False
+) -> Kept:
+    """Which slots must be kept.
 
     Args:
         slots: of a model.
         tied: diagonal layers that keep the same channels of source and result.
         pinned: keep all slots, so that layers only change inside.
+        fill: keep a few more where that is faster, see `fill_up`.
     """
     label = components(slots, tied)
-    kept = _needed(slots, label, pinned=pinned, fill=False)
-    if not _is_whole(slots, kept[label]):
-        kept = _needed(slots, label, pinned=pinned, fill=True)
-    return lambda numbers: kept[label[numbers]]
-
-
-def _needed(slots: Slots, label: Tensor, *, pinned: bool, fill: bool) -> Tensor:
-    """Which components must be kept."""
     kept = torch.full((int(label.max()) + 1 if len(label) else 0,), pinned)
     for numbers in slots.pinned:
         kept[label[numbers]] = True
-    before = -1
-    while before != int(kept.sum()):
-        before = int(kept.sum())
-        for applied in reversed(slots.applications):
-            rows = kept[label[applied.result.slots]]
-            read = applied.columns_read(rows & ~applied.result.zero)
-            kept[label[applied.source.slots[read]]] = True
-            present = kept[label[applied.source.slots]]
-            if not (rows.any() and present.any() and (read.any() or applied.groups == 1)):
-                row, column = _at_least_one(applied, rows, present)
-                kept[label[applied.result.slots[row]]] = True
-                kept[label[applied.source.slots[column]]] = True
-            elif fill and (applied.groups == 1 or applied.diagonal):
-                # A diagonal layer would have to place zeros where it reads nothing.
-                others = ~rows if applied.groups == 1 else present
-                kept[label[applied.result.slots[fill_up(rows, others)]]] = True
-    return kept
+    ends = [(label[a.source.slots], label[a.result.slots]) for a in slots.applications]
+    layers = [*zip(slots.applications, ends, map(torch.cat, ends), strict=True)]
+    looked = dict.fromkeys(slots.applications, -1)  # how many of both ends were kept then
+    changed = True
+    while changed:
+        changed = False
+        for applied, (source, result), both in reversed(layers):
+            count = int(kept[both].sum())
+            if count != looked[applied]:
+                changed, looked[applied] = True, count
+                _keep_needed(applied, kept, source, result, fill=fill)
+    return lambda numbers: kept[label[numbers]]
 
 
-def _is_whole(slots: Slots, kept: Tensor) -> bool:
-    """Whether hardly a kernel is zero between channels that are kept and not always zero."""
+def _keep_needed(
+    applied: Application, kept: Tensor, source: Tensor, result: Tensor, *, fill: bool
+) -> None:
+    """Keep what the results of a layer need; `source` and `result` are their components."""
+    rows = kept[result]
+    read = applied.columns_read(rows & ~applied.result.zero)
+    kept[source[read]] = True
+    present = kept[source]
+    if not (rows.any() and present.any() and (read.any() or applied.groups == 1)):
+        row, column = _at_least_one(applied, rows, present)
+        kept[result[row]] = True
+        kept[source[column]] = True
+    elif fill and (applied.groups == 1 or applied.diagonal):
+        # A diagonal layer would have to place zeros where it reads nothing.
+        others = ~rows if applied.groups == 1 else present
+        kept[result[fill_up(rows, others)]] = True
+
+
+def is_ragged(slots: Slots) -> bool:
+    """Whether kernels are zero between channels that must be kept and are not always zero.
+
+    Where single kernels were pruned, how many channels happen to be left of a layer can make it
+    slow, so that a few more stay. Where whole channels were, somebody chose.
+    """
+    kept = solve(slots)
     left = zero = 0
     for applied in slots.applications:
-        rows = kept[applied.result.slots] & ~applied.result.zero
-        columns = kept[applied.source.slots] & ~applied.source.zero
-        grouped = applied.nonzero[rows].reshape(-1, applied.nonzero.shape[1])
-        found = grouped[:, columns] if applied.groups == 1 else grouped
-        left += found.numel()
-        zero += int((~found).sum())
-    return zero <= RAGGED * left
+        rows = kept(applied.result.slots) & ~applied.result.zero
+        columns = kept(applied.source.slots) & ~applied.source.zero
+        found = np.count_nonzero(applied.nonzero.numpy()[rows.numpy()], axis=0)
+        found = found[columns.numpy()] if applied.groups == 1 else found
+        left += len(found) * int(rows.sum())
+        zero += len(found) * int(rows.sum()) - int(found.sum())
+    return zero > RAGGED * left
 
 
 def components(slots: Slots, tied: Collection[str] = ()) -> Tensor:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ..channels.graph import ChannelGraph
 
 SHARE = "share"
-Scores = Callable[[ChannelGraph, np.random.Generator], NDArray[np.floating]]
-Select = Callable[[ChannelGraph, int, np.random.Generator], tuple[NDArray[np.bool_], int]]
+# A string, for to import numpy.random takes a tenth of the time of importing fxlean.
+Scores = Callable[[ChannelGraph, "np.random.Generator"], NDArray[np.floating]]
+Select = Callable[[ChannelGraph, int, "np.random.Generator"], tuple[NDArray[np.bool_], int]]
 
 
 @dataclass(frozen=True)

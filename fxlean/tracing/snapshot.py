@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .leaves import CODE, is_ordinary
 
+CONTAINERS = (dict, list, set, deque)
 PLAIN = frozenset({str, int, float, bool, type(None), torch.device, torch.dtype, nn.Parameter})
 LONGEST = 1000  # longer containers are put back, but what is in them is not looked into
 MOST = 10_000  # objects of one module that are looked into; some hold on to a whole trainer
@@ -35,10 +37,7 @@ class Snapshot:
     def put_back(self) -> None:
         """Make the model what it was."""
         for container, content in self._contents.values():
-            now = _content(container)
-            if len(now) != len(content) or any(
-                a is not b for a, b in zip(now, content, strict=True)
-            ):
+            if not _holds(container, content):
                 _fill(container, content)
         for tensor, data in self._data:
             if tensor.data_ptr() != data.data_ptr():
@@ -57,13 +56,21 @@ class Snapshot:
                 continue
             content = _content(container)
             self._contents[id(container)] = (container, content)
-            if len(content) <= LONGEST and number < MOST:
+            if content and len(content) <= LONGEST and number < MOST:
                 found += [part for part in content if type(part) not in PLAIN]
 
 
 def _content(container: Any) -> list[Any]:
     """What a container holds, in order; keys of a dictionary before its values."""
+    if not container:
+        return []  # as most of a module's dictionaries are
     return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def _holds(container: Any, content: list[Any]) -> bool:
+    """Whether the same objects are in a container as before."""
+    now = _content(container)
+    return len(now) == len(content) and all(map(operator.is_, now, content))
 
 
 def _fill(container: Any, content: list[Any]) -> None:
@@ -79,7 +86,7 @@ def _fill(container: Any, content: list[Any]) -> None:
 
 def _container(value: Any) -> Any:
     """The container itself, or the attributes of a plain object; None for anything else."""
-    if isinstance(value, dict | list | set | deque):
+    if isinstance(value, CONTAINERS):
         return value
     if isinstance(value, (Tensor, *CODE)) or type(value).__module__.split(".")[0] == "torch":
         return None

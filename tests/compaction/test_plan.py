@@ -13,7 +13,7 @@ import fxlean
 from fxlean.compaction.cut import cost, part_of
 from fxlean.compaction.plan import choose_slots, layers_of
 from fxlean.compaction.rules import FOLLOW
-from fxlean.compaction.solve import WIDTH, fill_up, solve
+from fxlean.compaction.solve import WIDTH, fill_up, is_ragged, solve
 from fxlean.compaction.walk import slots_of
 from fxlean.masking import remove_masks
 from fxlean.nn import Selected
@@ -52,7 +52,8 @@ def planned(model, x):
     def estimate(kept):
         return sum(cost(part_of(calls, kept)) for calls in layers.values())
 
-    loose = solve(slots)
+    fill = is_ragged(slots)
+    loose = solve(slots, fill=fill)
     selecting = [
         name
         for name, calls in layers.items()
@@ -62,7 +63,9 @@ def planned(model, x):
     subsets = itertools.chain.from_iterable(
         itertools.combinations(selecting, count) for count in range(len(selecting) + 1)
     )
-    return estimate(choose_slots(slots, layers)), [estimate(solve(slots, tied)) for tied in subsets]
+    return estimate(choose_slots(slots, layers)), [
+        estimate(solve(slots, tied, fill=fill)) for tied in subsets
+    ]
 
 
 def two_blocks():
@@ -97,7 +100,7 @@ def test_a_selection_is_filled_up_only_with_channels_that_are_there(method, rati
     remove_masks(model)
     with torch.no_grad():
         slots = slots_of(model, trace_model(model, x), FOLLOW[0])
-    kept = solve(slots)
+    kept = solve(slots, fill=is_ragged(slots))
     for name, calls in layers_of(slots).items():
         if name.endswith("norm1"):
             assert not (kept(calls[0].result.slots) & ~kept(calls[0].source.slots)).any()
