@@ -15,7 +15,8 @@ from ..errors import ArgumentError, TraceError, first_line, some
 from .hooks import watched_hooks
 from .inputs import Arguments, as_arguments, call, describe, guesses, names_only
 from .leaves import is_ordinary, replaced, tensors_in
-from .sandbox import running
+from .sandbox import running, unwritten
+from .snapshot import Snapshot
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,17 +37,14 @@ class Rehearsal:
         calls: the first call of every module that was called, by name.
         hooks: numbers of the hooks that take part in what the model computes.
         onlookers: whether there are others.
+        dependent: the tensors that were computed from the inputs.
     """
 
     arguments: Arguments
     calls: Mapping[str, Call]
     hooks: frozenset[int]
     onlookers: bool
-    _dependent: Dependent
-
-    def depends(self, tensor: Tensor) -> bool:
-        """Whether a tensor was computed from the inputs of the real run."""
-        return tensor in self._dependent
+    dependent: Dependent
 
 
 def rehearse(model: nn.Module, arguments: Arguments) -> Rehearsal:
@@ -67,6 +65,24 @@ def rehearse(model: nn.Module, arguments: Arguments) -> Rehearsal:
         args, kwargs = ((), own) if isinstance(own, dict) else (own, {})
         calls.setdefault("", Call(args, kwargs, result))
     return Rehearsal(arguments, calls, frozenset(hooks), watched > len(hooks), dependent)
+
+
+def fill_caches(model: nn.Module, name: str, first: Call) -> Dependent:
+    """Call a module of a model again, for what it keeps in attributes, which then stays there.
+
+    Returns the tensors that were computed from its inputs.
+
+    Raises:
+        TraceError: it keeps nothing.
+    """
+    args, kwargs = replaced((first.args, dict(first.kwargs)), lambda tensor: tensor.clone())
+    before = Snapshot(model)
+    dependent = Dependent(tensors_in((args, kwargs)))
+    with unwritten(model), dependent:
+        model.get_submodule(name)(*args, **kwargs)
+    if not before.has_changed():
+        raise TraceError("it keeps nothing from call to call")
+    return dependent
 
 
 def rehearsed(model: nn.Module, example_inputs: Any = None) -> Rehearsal:
@@ -151,11 +167,12 @@ class Dependent(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run an operator; what it returns depends on what it is given."""
+        """Run an operator; what it returns depends on what it is given, if more than its shape."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, Tensor) and leaf in self for leaf in leaves):
+        reads = not func.__name__.startswith("new_") and "_like." not in func.__name__
+        if reads and any(isinstance(leaf, Tensor) and leaf in self for leaf in leaves):
             for tensor in tensors_in(result):
                 self._add(tensor)
         return result

@@ -81,8 +81,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def running(model: nn.Module) -> Iterator[None]:
     """Like `evaluating`, and parameters that the block writes in place are put back as well."""
+    with evaluating(model), unwritten(model):
+        yield
+
+
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Put back the values of parameters and masks that the block writes in place."""
     writes = _Writes(model)
-    with evaluating(model), writes:
+    with writes:
         try:
             yield
         finally:

@@ -34,6 +34,10 @@ class Snapshot:
         written = [buffer for module in model.modules() for buffer in _written(module)]
         self._values = [(buffer, buffer.clone()) for buffer in written]
 
+    def has_changed(self) -> bool:
+        """Whether anything else is in some container now."""
+        return not all(_holds(*found) for found in self._contents.values())
+
     def put_back(self) -> None:
         """Make the model what it was."""
         for container, content in self._contents.values():

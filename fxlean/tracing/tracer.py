@@ -23,7 +23,7 @@ from .functions import functions_as_code
 from .hooks import only_hooks
 from .inputs import Arguments
 from .leaves import replaced, strangers_in, tensors_in
-from .rehearsal import Call, Rehearsal, rehearsed
+from .rehearsal import Call, Dependent, Rehearsal, fill_caches, rehearsed
 from .sandbox import LOCK, evaluating
 from .witness import Witness, holders, is_symbolic
 
@@ -150,26 +150,32 @@ def _trace(model: nn.Module, name: str, rehearsal: Rehearsal, witness: Witness) 
                 f"{name or type(model).__name__} takes or returns a {some(strangers_in(tree))}, "
                 "which holds tensors that cannot be seen"
             )
-    try:
-        piece = _graph(model, name, call, rehearsal.hooks, witness)
-        if _is_faithful(piece.graph, call, rehearsal):
-            return piece
-    except TraceError:
-        raise
-    except Exception:  # a model that reads what a hook was to leave
-        if not rehearsal.onlookers:
-            raise
-    # What a hook keeps may be read later on, so that it takes part after all.
-    piece = _graph(model, name, call, None, witness)
-    if not _is_faithful(piece.graph, call, rehearsal):
-        raise TraceError("it does not compute the same in every call")
-    return piece
+    # What a hook keeps may be read later on, so that it takes part after all; and what the model
+    # itself keeps may be made only where tensors have values.
+    ways = [(rehearsal.hooks, False), (None, False), (None, True)]
+    if not rehearsal.onlookers:
+        del ways[1]
+    failures: list[Exception] = []
+    for hooks, cached in ways:
+        try:
+            return _graph(model, name, rehearsal, witness, hooks, cached=cached)
+        except Exception as err:  # whatever Python makes of tensors without values
+            _forget(err)
+            failures.append(err)
+    raise failures[0]
 
 
 def _graph(
-    model: nn.Module, name: str, call: Call, hooks: frozenset[int] | None, witness: Witness
+    model: nn.Module,
+    name: str,
+    rehearsal: Rehearsal,
+    witness: Witness,
+    hooks: frozenset[int] | None,
+    *,
+    cached: bool,
 ) -> Piece:
-    """One module as a graph, with some of the hooks or all of them."""
+    """One module as a graph, with these hooks (None for all), on empty or on filled caches."""
+    call = rehearsal.calls[name]
     module = model.get_submodule(name)
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     values, tensors = list(state.values()), tensors_in((call.args, call.kwargs))
@@ -187,6 +193,7 @@ def _graph(
 
     kept = nullcontext() if hooks is None else only_hooks(model, hooks)
     with evaluating(model), kept, functions_as_code():
+        dependent = fill_caches(model, name, call) if cached else rehearsal.dependent
         graph = _pure(seen, values + tensors)
         if any(_writes(node.target) for node in graph.graph.nodes):
             # Some composite operators, such as circular padding, come apart too late.
@@ -194,6 +201,8 @@ def _graph(
             graph = _pure(again, values + tensors)
     if any(is_symbolic(node.meta.get("val")) for node in graph.graph.nodes):
         raise TraceError("it has values or sizes that depend on the inputs")
+    if not _is_faithful(graph, call, dependent):
+        raise TraceError("it does not compute the same in every call")
     prefix = f"{name}." if name else ""
     return Piece(name, graph, tuple(prefix + key for key in state))
 
@@ -211,11 +220,11 @@ def _writes(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def _is_faithful(graph: torch.fx.GraphModule, call: Call, rehearsal: Rehearsal) -> bool:
+def _is_faithful(graph: torch.fx.GraphModule, call: Call, dependent: Dependent) -> bool:
     """Whether a graph returns what the real run did, and holds no tensor that is left from it."""
     nodes = list(graph.graph.nodes)
     constants = [getattr(graph, str(node.target), None) for node in nodes if node.op == "get_attr"]
-    if any(isinstance(c, Tensor) and rehearsal.depends(c) for c in constants):
+    if any(isinstance(c, Tensor) and c in dependent for c in constants):
         return False
     returned = [node.meta["val"] for node in nodes[-1].args[0]]
     expected = tensors_in(call.result)
