@@ -320,3 +320,25 @@ def squeeze_excite(channels: int) -> nn.Module:
         nn.Sigmoid(),
     )
     return Combine(torch.mul, nn.Identity(), gate)
+
+
+def anchors(y, strides):
+    """A factor for every place, from one stride for each half of the rows."""
+    rows = y.shape[2] // 2
+    return torch.cat([y.new_full((1, 1, rows, y.shape[3]), stride) for stride in strides], 2)
+
+
+class Anchored(nn.Module):
+    """Keeps something from call to call, as YOLO's head does, and makes it from plain tensors."""
+
+    def __init__(self, make=anchors):
+        super().__init__()
+        self.first, self.second, self.last = conv_bn_relu(3, 8), conv(8, 6), conv(6, 2, 1)
+        self.strides, self.kept, self.shape = torch.tensor([0.5, 2.0]), None, None
+        self.make = make
+
+    def forward(self, x):
+        y = self.first(x)
+        if self.shape != y.shape:
+            self.kept, self.shape = self.make(y, self.strides), y.shape
+        return self.last(self.second(y * self.kept).relu())

@@ -12,7 +12,7 @@ from torch.nn.utils import prune as torch_prune
 import fxlean
 from fxlean.tracing.rehearsal import rehearse
 from fxlean.tracing.tracer import trace_model
-from tests.support.blocks import conv, conv_bn_relu
+from tests.support.blocks import Anchored, anchors, conv, conv_bn_relu
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.* keeps its size, for (every|its):fxlean.CompactionWarning"
@@ -87,35 +87,16 @@ def test_caches_are_filled_with_real_tensors(name):
     assert torch.allclose(fxlean.compact(model.eval(), IMAGE)(IMAGE), model(IMAGE), atol=1e-5)
 
 
-class Anchored(Between):
-    """Keeps a grid from call to call, as YOLO's head does, and makes it from plain tensors."""
-
-    def __init__(self, kept):
-        super().__init__(None)
-        self.kept = kept
-        self.strides, self.grid, self.shape = torch.tensor([0.5, 2.0]), None, None
-
-    def forward(self, x):
-        y = self.first(x)
-        if self.shape != y.shape:
-            self.grid, self.shape = self.kept(y, self.strides), y.shape
-        return self.last(self.second(y * self.grid).relu())
-
-
 def test_what_only_real_tensors_can_fill_is_filled():
-    def anchors(y, strides):
-        return torch.cat([y.new_full((1, 1, 6, 12), stride) for stride in strides], 2)
-
     torch.manual_seed(0)
-    model = Anchored(anchors)
+    model = Anchored()
     fixed = plain(lambda module, x: x * anchors(x, [0.5, 2.0]))
     assert len(trace_model(model, IMAGE).pieces) == 1
     assert masks(model) == masks(fixed)
-    assert model.grid is model.shape is None
+    assert model.kept is model.shape is None
     compacted = fxlean.compact(model.eval(), IMAGE)
     with torch.no_grad():
         torch.testing.assert_close(compacted(IMAGE), model(IMAGE))
-        model.kept = compacted.kept = lambda y, strides: anchors(y, strides).repeat(1, 1, 2, 1)
         wide = torch.rand(2, 3, 24, 12)
         torch.testing.assert_close(compacted(wide), model(wide))
 
