@@ -48,6 +48,11 @@ def summed(values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
+def averaged(values: Tensor) -> Tensor:
+    """The mean over the values of all ranks, as `summed` adds them up."""
+    return values if alone() else summed(values) / dist.get_world_size()
+
+
 def alone() -> bool:
     """Whether there is no process group, or one of a single process."""
     group = dist.is_available() and dist.is_initialized()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..errors import ArgumentError
 from ..masking import refresh_masks
-from ..ranks import copy_first
+from ..ranks import averaged, copy_first
 from ..tracing.arguments import check_count, check_model, unwrapped
 from ..tracing.inputs import Arguments, call
 from .batches import read_batches
@@ -41,7 +41,8 @@ def distill(
     floating-point tensor that the model returns, relative to its variance. Masks stay on, and
     parameters that do not require gradients stay. Batch norms run in training mode, and their
     statistics are measured anew at the end; everything else, dropout too, is in eval mode. In a
-    process group every rank must distill, and all get what the first has learned.
+    process group every rank must distill, with batches of its own: each step takes one of every
+    rank.
 
     Args:
         model: any module, best after rounds of pruning and repair. If training fails it is put
@@ -91,12 +92,18 @@ def _train(
 ) -> None:
     """One step of the optimizer and of its rate for each number, batch after batch."""
     optimizer = schedule.optimizer
+    parameters = optimizer.param_groups[0]["params"]
     for number in numbers:
         which = number % len(batches)
         with torch.enable_grad():
             optimizer.zero_grad()
             loss = _loss(floats_of(call(model, batches[which])), targets[which])
             loss.backward()
+        # What the model returns may not depend on some parameters.
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = averaged(parameter.grad)
+        loss = averaged(loss.detach())
         if not loss.isfinite():
             raise ArgumentError(
                 f"the error is {loss.item()} at step {number}. Pass a smaller rate, or batches in "

@@ -92,6 +92,30 @@ def check_repair(rank: int) -> None:
     torch.testing.assert_close(reference.state_dict(), own.state_dict(), rtol=0, atol=0)
 
 
+def check_distillation(rank: int) -> None:
+    """A step takes a batch of every rank: the mean of their gradients."""
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Conv2d(6, 2, 3)).double()
+    model = copy.deepcopy(reference)
+    fxlean.prune(model, 0.6, torch.zeros(1, 3, 9, 9, dtype=torch.double), method="l1")
+    alone = copy.deepcopy(model)
+    world, steps, rate = dist.get_world_size(), 5, 0.01
+    inputs = [[torch.randn(4, 3, 9, 9).double() for _ in range(r + 2)] for r in range(world)]
+    fxlean.distill(model, inputs[rank], reference, steps, rate=rate)
+    optimizer = torch.optim.Adam(alone.parameters(), rate)
+    for step in range(steps):
+        optimizer.zero_grad()
+        for own in inputs:
+            x = own[step % len(own)]
+            with torch.no_grad():
+                wanted = reference(x)
+            error = (alone(x) - wanted).square().mean() / wanted.var(correction=0)
+            (error / world).backward()
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
+        optimizer.step()
+    torch.testing.assert_close(dict(model.named_parameters()), dict(alone.named_parameters()))
+
+
 def batches_of(shape: torch.Size) -> list[Tensor]:
     """Four batches of other sizes, scales and means each."""
     generator = torch.Generator().manual_seed(0)
@@ -152,6 +176,7 @@ def main() -> None:
             check_masks(rank, method, wrapped, broadcast)
     check_repair(rank)
     check_sums(rank, expected)
+    check_distillation(rank)
     check_refusals(rank)
     print(f"rank {rank}: same")
     dist.destroy_process_group()
