@@ -11,7 +11,10 @@ from torch.nn.utils import prune
 from ..nn import Selected
 
 DENSE = "_fxlean_dense"  # on a layer that compaction has changed: names and shapes from before
-WIDTHS = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features")
+WIDTHS = (
+    *("in_channels", "out_channels", "groups", "in_features", "out_features"),
+    *("num_features", "num_groups", "num_channels"),
+)
 Shapes: TypeAlias = dict[str, list[int]]
 Form: TypeAlias = dict[str, Any]
 
@@ -54,9 +57,21 @@ def note_dense(dense: nn.Module, small: nn.Module) -> None:
         small.meta[DENSE] = "rewritten"
         return
     for path, before in dense.named_modules():
-        after = small.get_submodule(path)
+        after = _counterpart(small, path)
+        if after is None:  # of a norm that is folded into a convolution, and is gone as a whole
+            continue
         if is_cut(before) or _signature(before) != _signature(after):
             mark_cut(after, own_shapes(before))
+
+
+def _counterpart(small: nn.Module, path: str) -> nn.Module | None:
+    """What is left of a module in a compacted network, by its path before."""
+    module: nn.Module | None = small
+    for name in path.split(".") if path else ():
+        if isinstance(module, Selected) and name not in module._modules:
+            module = innermost(module)
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def mark_cut(module: nn.Module, shapes: Shapes) -> None:
@@ -135,5 +150,5 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _widths(module: nn.Module) -> dict[str, int]:
-    found = {name: getattr(module, name, None) for name in WIDTHS}
-    return {name: value for name, value in found.items() if isinstance(value, int)}
+    own = vars(module)  # what is computed from other things cannot be set
+    return {name: own[name] for name in WIDTHS if isinstance(own.get(name), int)}

@@ -59,9 +59,8 @@ def without_norm(norm: nn.Module) -> nn.Module | None:
     """What a batch norm does besides: nothing, or the activation of a subclass; None if unknown."""
     if type(norm) in NORMS:
         return nn.Identity()
-    vars(norm)["_check_input_dim"] = lambda x: (
-        None
-    )  # depends on a shape, which symbols have none of
+    # The check depends on a shape, and symbols have none.
+    vars(norm)["_check_input_dim"] = lambda _: None
     try:
         rest = fx.symbolic_trace(norm)
     except Exception:  # Python that depends on values

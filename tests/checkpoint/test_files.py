@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 import fxlean
 from fxlean.checkpoint.packing import packed, unpacked
 from fxlean.masking import masked
-from tests.support.blocks import conv, conv_bn_relu
+from fxlean.nn import Selected
+from tests.support.blocks import conv, conv_bn_relu, residual
 from tests.support.compare import load_trained_state, same_state, state
 from tests.support.strategies import networks
 from tests.support.zoo import ZOO, make
@@ -320,3 +321,62 @@ def test_a_compacted_backbone_in_a_larger_model(tmp_path):
     found = fxlean.load(whole(net()), tmp_path / "whole")
     assert_same(found["backbone"], small, (IMAGE + 1,))
     assert not [name for _, _, name in masked(found)]
+
+
+class Normalised(nn.BatchNorm2d):
+    """A norm that has layers of its own, as timm's have."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Named(nn.Module):
+    """Knows the widths of the layer in it, and cannot be told any."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.conv = conv(inputs, outputs)
+
+    @property
+    def in_channels(self):
+        return self.conv.in_channels
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("norm", [lambda width: nn.GroupNorm(8, width), Normalised])
+def test_layers_that_know_more_come_back(norm, frozen, tmp_path):
+    def build():
+        body = nn.Sequential(norm(32), Named(32, 32), norm(32), conv(32, 32))
+        return nn.Sequential(conv(3, 32), body, conv(32, 2)).eval()
+
+    torch.manual_seed(0)
+    model = build().requires_grad_(not frozen)
+    fxlean.prune(model, 0.4, IMAGE, method="l1", granularity="channel", of="parameters")
+    small = fxlean.compact(model, IMAGE)
+    assert small[1][1].in_channels < 32
+    fxlean.save(small, tmp_path / "small")
+    other = fxlean.load(build(), tmp_path / "small")
+    assert same_state(small.state_dict(), other.state_dict())
+    assert_same(small, other, [torch.randn(2, 3, 8, 8)])
+
+
+def test_a_norm_with_layers_of_its_own_can_select(tmp_path):
+    def build():
+        body = nn.Sequential(Normalised(32), conv(32, 32))
+        return nn.Sequential(conv(3, 32), residual(body), conv(32, 2)).eval()
+
+    model, wide = build(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for parameter in model[1].branches[0][0].parameters():
+            parameter[:24] = 0
+    small = fxlean.compact(model, wide)
+    assert isinstance(small[1].branches[0][0], Selected)
+    fxlean.save(small, tmp_path / "small")
+    assert_same(small, fxlean.load(build(), tmp_path / "small"), [wide])
