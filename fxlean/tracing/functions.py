@@ -1,14 +1,19 @@
-"""Every `torch.autograd.Function` as the code of its forward pass, which is all that is traced."""
+"""Python functions in the one form that traces well: custom autograd functions, and products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.autograd import Function, function
 from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 PLACE = "custom_function_call"  # what `apply` ends in under a function transform
 
 
@@ -57,3 +62,24 @@ def _without_context(forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(context, *args, **kwargs)
 
     return run
+
+
+class ProductsByMatrices(TorchFunctionMode):
+    """A product by a matrix is one of matrices, whatever dimensions its other factor has.
+
+    Otherwise torch expands the matrix, and nobody knows the weight any more, where it does not
+    require gradients (frozen, or masked) and the values are permuted.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run a function, a product on what is flattened to a matrix."""
+        if func not in PRODUCTS or len(args) < 2 or args[0].dim() < 3 or args[1].dim() != 2:
+            return func(*args, **(kwargs or {}))
+        left, *others = args
+        return func(left.flatten(0, -2), *others, **(kwargs or {})).unflatten(0, left.shape[:-1])

@@ -1,5 +1,6 @@
 """Tracing leaves models as they were, finds inputs that fit, and goes child by child if it must."""
 
+import copy
 from collections import OrderedDict
 
 import pytest
@@ -316,3 +317,35 @@ def test_operators_on_parameters_draw_no_random_numbers_from_the_user():
     state = torch.get_rng_state()
     fxlean.prune(model, 0.5, IMAGE)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class ChannelsLast(nn.Module):
+    """Linear layers on permuted values, as a ConvNeXt block has them, and a plain product."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 12, bias=False)
+        self.weight = nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, x):
+        x = self.first(x).permute(0, 2, 3, 1)
+        return self.last((self.down(self.up(x).relu()).relu() @ self.weight).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_products_by_a_matrix_are_told_the_same_way_with_and_without_masks(frozen):
+    torch.manual_seed(0)
+    model, x = ChannelsLast().requires_grad_(not frozen), torch.randn(2, 3, 8, 8)
+    reference, seen = copy.deepcopy(model), []
+    for ratio in (0.8, 0.5):
+        result = fxlean.prune(model, ratio, x, include_linear=True, method="l1")
+        seen.append([layer.name for layer in result.layers])
+    assert seen == [["first", "up", "down", "weight"]] * 2
+    if not frozen:
+        assert fxlean.repair(model, torch.randn(16, 3, 8, 8), reference).after < 1
+    (piece,) = trace_model(model, x).pieces
+    with torch.no_grad():
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        (found,) = piece.graph(*[tensors[name] for name in piece.state], x)
+        torch.testing.assert_close(found, model(x))
