@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Sequence
 from types import FrameType
 
+from torch import Tensor
+
 
 class FxleanError(Exception):
     """Something that fxlean cannot do; the message says what, where and what to do next."""
@@ -36,6 +38,14 @@ def some(names: Sequence[str]) -> str:
     """The first of some names, and how many more there are; for messages."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def shown(value: object) -> str:
+    """A value in a message: tensors, and whatever is as long, by what they are."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def first_line(err: BaseException) -> str:

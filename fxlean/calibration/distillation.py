@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, shown
 from ..masking import refresh_masks
 from ..ranks import averaged, copy_first
 from ..tracing.arguments import check_count, check_model, unwrapped
@@ -133,7 +133,7 @@ def _check(model: Any, reference: Any, steps: Any, rate: Any) -> None:
     check_model(reference)
     check_count("steps", steps)
     if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
-        raise ArgumentError(f"rate is {rate!r}. Pass a positive number, such as {RATE}.")
+        raise ArgumentError(f"rate is {shown(rate)}. Pass a positive number, such as {RATE}.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ArgumentError(
             f"no parameter of {type(model).__name__} requires gradients, so there is nothing to "

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..errors import ArgumentError
 from ..masking import is_masked, refresh_masks
 from ..ranks import alone, copy_first, summed
-from ..tracing.arguments import check_model, unwrapped
+from ..tracing.arguments import check_count, check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import tensors_in
 from ..tracing.sandbox import on_cpu, same_random_states
@@ -86,6 +86,11 @@ def repair(
     if reference is None:
         reference = _masks_off(model)
     check_model(reference)
+    check_count("steps", steps, least=0)
+    if unwrapped(reference) is model:
+        raise ArgumentError(
+            "reference is the model itself. Pass a copy from before it was pruned, or leave it out."
+        )
     return repair_towards(model, batches, unwrapped(reference), {}, steps, progress)
 
 

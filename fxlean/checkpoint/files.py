@@ -39,6 +39,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         ArgumentError: `compact` has written the model anew, or modules keep what is no tensor.
+        OSError: the path is a folder, or in none that there is.
 
     >>> import tempfile
     >>> small = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
@@ -51,6 +52,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_model(model)
     model = unwrapped(model)
     _check_storable(model)
+    _check_place(os.fspath(path))
     found = [(f"{prefix}{name}", module, name) for prefix, module, name in masked(model)]
     masks = {full: module.get_buffer(f"{name}_mask") for full, module, name in found}
     tensors: dict[str, Tensor] = {}
@@ -124,6 +126,15 @@ def _equal(left: Tensor | None, right: Tensor | None) -> bool:
     if left is None or right is None:
         return left is right
     return torch.equal(left, right)
+
+
+def _check_place(path: str) -> None:
+    """Reject what is no place for a file."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder. Pass the path of a file in it.")
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder}. Make it, or pass another path.")
 
 
 def _check_storable(model: nn.Module) -> None:

@@ -118,7 +118,7 @@ def _explain(bare: nn.Module, trace: Trace, problems: list[str]) -> None:
     else:
         reason = (
             "for every channel still carries something: pruning has taken single kernels, and all "
-            "of no channel. Prune further, or by a method that leaves whole channels ('lean')."
+            "of no channel. Prune whole channels (granularity='channel'), or further."
         )
     if problems or not all(bool(a.nonzero.all()) for a in applications):
         warn(f"{name} keeps its size, {reason}", CompactionWarning)

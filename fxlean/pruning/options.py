@@ -9,7 +9,7 @@ from inspect import signature
 from numbers import Real
 from typing import Any
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, shown
 from ..norms.operator import ORDERS
 from ..selection.methods import METHODS, SHARE
 from ..tracing.arguments import check_count, check_model, resolve_ignored, unwrapped
@@ -51,12 +51,12 @@ def check(
     for name, (value, known) in choices.items():
         if not isinstance(value, str) or value not in known:
             more = ", or a function that measures a model" if name == "of" else ""
-            raise ArgumentError(f"{name} is {value!r}. Pass one of {', '.join(known)}{more}.")
+            raise ArgumentError(f"{name} is {shown(value)}. Pass one of {', '.join(known)}{more}.")
     _check_limits(at_least, round_to, granularity)
     optional = {"progress": progress, "include_linear": include_linear}
     for name, value in {**flags, **{k: v is not None and v for k, v in optional.items()}}.items():
         if not isinstance(value, bool):
-            raise ArgumentError(f"{name} is {value!r}. Pass True or False.")
+            raise ArgumentError(f"{name} is {shown(value)}. Pass True or False.")
     resolve_ignored(unwrapped(model), ignore)
     if isinstance(at_least, Mapping):
         resolve_ignored(unwrapped(model), at_least, "at_least")
@@ -67,8 +67,8 @@ def check_ratio(ratio: Any) -> None:
     number = isinstance(ratio, Real) and not isinstance(ratio, bool)
     if not number or math.isnan(ratio) or not 0 < ratio <= 1:
         raise ArgumentError(
-            f"ratio is {ratio!r}. Pass the fraction of kernels to keep, above 0 and at most 1: "
-            "0.05 keeps 5 %."
+            f"ratio is {shown(ratio)}. Pass the fraction of kernels to keep, above 0 and at most "
+            "1: 0.05 keeps 5 %."
         )
 
 
@@ -79,8 +79,8 @@ def _check_limits(at_least: Any, round_to: Any, granularity: str) -> None:
         number = isinstance(fraction, Real) and not isinstance(fraction, bool)
         if not number or not 0 <= fraction <= 1:
             raise ArgumentError(
-                f"at_least is {at_least!r}. Pass the fraction that every layer keeps, from 0 to 1, "
-                "or a mapping from names of layers, patterns or types to fractions."
+                f"at_least is {shown(at_least)}. Pass the fraction that every layer keeps, from 0 "
+                "to 1, or a mapping from names of layers, patterns or types to fractions."
             )
     check_count("round_to", round_to)
     if round_to > 1 and granularity != "channel":

@@ -17,7 +17,7 @@ from ..calibration.repair_model import batch_size, output_error, repair_towards
 from ..calibration.running import Known
 from ..compaction.attempts import compact
 from ..costs import report
-from ..errors import ArgumentError
+from ..errors import ArgumentError, shown
 from ..tracing.arguments import check_count, check_traceable, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
@@ -107,11 +107,12 @@ def shrink(
 def _split(batches: Sequence[Arguments]) -> tuple[list[Arguments], list[Arguments]]:
     """Batches to calibrate on, and those held out: an eighth of each, or of single samples."""
     data, held = [], []
-    every = min(HELD, len(batches))
+    # One sample alone has no variance that its error could be relative to.
+    every = min(HELD, max(2, len(batches) // 2))
     for number, batch in enumerate(batches):
         size = batch_size(batch)
         if size > 1:
-            first = size - max(1, size // HELD)
+            first = size - max(1, min(2, size // 2), size // HELD)
             data.append(_samples(batch, size, slice(0, first)))
             held.append(_samples(batch, size, slice(first, size)))
         else:
@@ -171,14 +172,17 @@ def _check(
     check_names(options, prune)
     if (ratio is None) == (tolerance is None):
         raise ArgumentError(
-            f"ratio is {ratio!r} and tolerance is {tolerance!r}. Pass one of them: the fraction of "
-            "the cost that is left, or the relative error of the outputs that is allowed."
+            f"ratio is {shown(ratio)} and tolerance is {shown(tolerance)}. Pass one of them: the "
+            "fraction of the cost that is left, or the relative error of the outputs that is "
+            "allowed."
         )
     check(model, 1.0 if ratio is None else ratio, **options)
     if tolerance is not None and (
         not isinstance(tolerance, Real) or isinstance(tolerance, bool) or not float(tolerance) > 0
     ):
-        raise ArgumentError(f"tolerance is {tolerance!r}. Pass a number above 0, such as 0.05.")
+        raise ArgumentError(
+            f"tolerance is {shown(tolerance)}. Pass a number above 0, such as 0.05."
+        )
     check_count("rounds", rounds)
     check_count("distill", distill, least=0)
     if distill:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, some
+from ..errors import ArgumentError, shown, some
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Reject what is no whole number, or too small."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name} is {value!r}. Pass a whole number of at least {least}.")
+        raise ArgumentError(f"{name} is {shown(value)}. Pass a whole number of at least {least}.")
 
 
 def check_model(model: Any) -> None:

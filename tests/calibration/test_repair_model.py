@@ -352,6 +352,16 @@ def test_references_that_do_not_fit(reference, message):
         fxlean.repair(model, x, reference)
 
 
+@pytest.mark.parametrize("steps", [-1, 2.5, True])
+def test_arguments_of_repair_that_make_no_sense(steps):
+    model, x = residual_network()
+    reference = pruned(model, 0.5, x)
+    with pytest.raises(fxlean.ArgumentError, match=rf"steps is {steps}\. Pass a whole .*least 0"):
+        fxlean.repair(model, x, reference, steps=steps)
+    with pytest.raises(fxlean.ArgumentError, match="reference is the model itself"):
+        fxlean.repair(model, x, model)
+
+
 def test_compacted_models_are_repaired_before():
     model, x = residual_network()
     reference = pruned(model, 0.1, x)

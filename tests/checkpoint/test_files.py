@@ -283,6 +283,10 @@ def test_files_that_are_none_of_ours(tmp_path):
     refused(net(), tmp_path / "newer", r"fxlean 9\.0, torch 3\.0.* format 9.*newer fxlean")
     with pytest.raises(FileNotFoundError):
         fxlean.load(net(), tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*none\. Make it"):
+        fxlean.save(net(), tmp_path / "none" / "model")
+    with pytest.raises(IsADirectoryError, match="Pass the path of a file in it"):
+        fxlean.save(net(), tmp_path)
 
 
 def test_state_that_is_no_tensor_is_refused(tmp_path):

@@ -60,6 +60,8 @@ def with_weight(value):
     [
         ({"ratio": 0.0}, r"ratio is 0\.0\. .*above 0 and at most 1"),
         ({"ratio": 1.5}, r"ratio is 1\.5\. "),
+        ({"ratio": torch.zeros(2, 3, 9, 9)}, r"ratio is a tensor of shape \(2, 3, 9, 9\)\. "),
+        ({"ratio": list(range(99))}, r"ratio is a list\. "),
         ({"ratio": -0.1}, r"ratio is -0\.1\. "),
         ({"ratio": float("nan")}, r"ratio is nan\. "),
         ({"ratio": "0.5"}, r"ratio is '0\.5'\. "),

@@ -76,6 +76,14 @@ def test_a_network_shrinks_as_far_as_the_tolerance_allows(capsys):
     assert sizes[1] < sizes[0] < fxlean.report(model, images()[0]).macs
 
 
+@pytest.mark.parametrize("size", [1, 8])
+def test_few_images_of_a_classifier_tell_an_error(size, capsys):
+    model = nn.Sequential(conv_bn_relu(3, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = model.append(nn.Linear(16, 4)).eval()
+    fxlean.shrink(model, 0.6, list(images()[0][:8].split(size)), rounds=1)
+    assert 0 < float(capsys.readouterr().out.rsplit(":", 1)[1]) < 100
+
+
 def test_distillation_that_makes_it_worse_is_dropped_and_silence_is_kept(capsys):
     model = network()
     once = fxlean.shrink(model, 0.2, images(), rounds=1, progress=False)
