@@ -13,7 +13,8 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__}
+LINEAR = F.linear
+PRODUCTS = {LINEAR, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 PLACE = "custom_function_call"  # what `apply` ends in under a function transform
 
 
@@ -64,12 +65,25 @@ def _without_context(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class ProductsByMatrices(TorchFunctionMode):
-    """A product by a matrix is one of matrices, whatever dimensions its other factor has.
+@contextmanager
+def products_by_matrices() -> Iterator[None]:
+    """Let a product by a matrix be one of matrices, whatever dimensions its other factor has.
 
     Otherwise torch expands the matrix, and nobody knows the weight any more, where it does not
-    require gradients (frozen, or masked) and the values are permuted.
+    require gradients (frozen, or masked) and the values are permuted. Functions of torch that are
+    written in Python, such as that of multi-head attention, hide what they call from a mode, so
+    the function that they call is replaced.
     """
+    F.linear = lambda *args, **kwargs: _multiplied(LINEAR, args, kwargs)
+    try:
+        with _Products():
+            yield
+    finally:
+        F.linear = LINEAR
+
+
+class _Products(TorchFunctionMode):
+    """Runs products on what is flattened to a matrix."""
 
     def __torch_function__(
         self,
@@ -78,8 +92,13 @@ class ProductsByMatrices(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run a function, a product on what is flattened to a matrix."""
-        if func not in PRODUCTS or len(args) < 2 or args[0].dim() < 3 or args[1].dim() != 2:
-            return func(*args, **(kwargs or {}))
-        left, *others = args
-        return func(left.flatten(0, -2), *others, **(kwargs or {})).unflatten(0, left.shape[:-1])
+        """Run a function."""
+        kwargs = kwargs or {}
+        return _multiplied(func, args, kwargs) if func in PRODUCTS else func(*args, **kwargs)
+
+
+def _multiplied(product: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if len(args) < 2 or args[0].dim() < 3 or args[1].dim() != 2:
+        return product(*args, **kwargs)
+    left, *others = args
+    return product(left.flatten(0, -2), *others, **kwargs).unflatten(0, left.shape[:-1])

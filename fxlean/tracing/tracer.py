@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import ArgumentError, PruneWarning, TraceError, first_line, some, warn
 from .arguments import check_traceable
-from .functions import ProductsByMatrices, functions_as_code
+from .functions import functions_as_code, products_by_matrices
 from .hooks import only_hooks
 from .inputs import Arguments
 from .leaves import replaced, strangers_in, tensors_in
@@ -187,7 +187,7 @@ def _graph(
         return tensors_in(torch.func.functional_call(module, named, args, kwargs))
 
     def seen(*fakes: Tensor) -> list[Tensor]:
-        with witness.of(values), ProductsByMatrices():
+        with witness.of(values), products_by_matrices():
             result: list[Tensor] = torch.func.functionalize(run)(*fakes)
             return result
 

@@ -71,7 +71,6 @@ class Mlp(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="its bmm with a weight is no linear layer")
 @pytest.mark.parametrize("constant", [False, True])
 def test_hidden_features_of_linear_layers_with_the_channels_last(constant):
     torch.manual_seed(0)

@@ -21,8 +21,6 @@ CUTS = [
 ]
 # Every operand of a product gets all, so a chain behind one would count once for each operand.
 PRODUCTS = {"product_gate", "squeeze_excite", "swish_gate"}
-if torch.__version__ < "2.7":  # whose bmm of permuted values with a weight is a product as well
-    PRODUCTS |= {"multi_head"}
 
 
 def shares(name, **options):

@@ -333,15 +333,37 @@ class ChannelsLast(nn.Module):
         return self.last((self.down(self.up(x).relu()).relu() @ self.weight).permute(0, 3, 1, 2))
 
 
+class SequenceFirst(nn.Module):
+    """Attention over positions, which come before the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x):
+        x = self.first(x)
+        tokens = x.flatten(2).permute(2, 0, 1)
+        tokens, _ = self.attention(tokens, tokens, tokens)
+        return self.last(tokens.permute(1, 2, 0).reshape(x.shape))
+
+
 @pytest.mark.parametrize("frozen", [False, True])
-def test_products_by_a_matrix_are_told_the_same_way_with_and_without_masks(frozen):
+@pytest.mark.parametrize(
+    ("build", "layers"),
+    [
+        (ChannelsLast, ["first", "up", "down", "weight"]),
+        (SequenceFirst, ["first", "attention.in_proj_weight", "attention.out_proj"]),
+    ],
+)
+def test_products_by_a_matrix_are_told_with_and_without_masks(build, layers, frozen):
     torch.manual_seed(0)
-    model, x = ChannelsLast().requires_grad_(not frozen), torch.randn(2, 3, 8, 8)
+    model, x = build().requires_grad_(not frozen), torch.randn(2, 3, 8, 8)
     reference, seen = copy.deepcopy(model), []
     for ratio in (0.8, 0.5):
         result = fxlean.prune(model, ratio, x, include_linear=True, method="l1")
         seen.append([layer.name for layer in result.layers])
-    assert seen == [["first", "up", "down", "weight"]] * 2
+    assert seen == [layers] * 2
     if not frozen:
         assert fxlean.repair(model, torch.randn(16, 3, 8, 8), reference).after < 1
     (piece,) = trace_model(model, x).pieces
