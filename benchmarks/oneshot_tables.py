@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from measurements import Found
 from trained import NETWORKS, ROOT  # first: it makes the examples importable
 
@@ -14,6 +16,8 @@ from results import insert  # isort: skip
 
 COLUMNS = ("as pruned", "statistics", "repaired", "rounds", "distilled", "rounds on noise")
 MARKS = ("<!-- tables: benchmarks/oneshot.py -->", "<!-- end of tables of oneshot.py -->")
+STYLES = {"as pruned": ":", "repaired": "-", "rounds": "--"}  # of lines, by column
+TICKS = (0.8, 0.4, 0.2, 0.1, 0.05)
 FIGURE = ROOT / "docs" / "images" / "oneshot.png"
 
 
@@ -82,32 +86,33 @@ def format_tuning(found: Found) -> str:
 
 
 def draw(found: Found, methods: Sequence[str], ratios: Sequence[float]) -> None:
-    """Accuracy against kept kernels, as pruned (dotted) and repaired (lines), for each network."""
+    """Accuracy against kept kernels, a panel for each network and one for what the lines mean."""
     networks = [name for name in NETWORKS if any(key[0] == name for key in found)]
-    figure = Figure(figsize=(3.2 * len(networks), 3.6), layout="constrained")
-    for axes, network in zip(
-        np.atleast_1d(figure.subplots(1, len(networks))), networks, strict=True
-    ):
+    rows = len(networks) // 2 + 1
+    figure = Figure(figsize=(8, 3.2 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, 2).flat)
+    for axes, network in zip(panels, networks, strict=False):
         axes.axhline(np.mean(values(found, network, "", 1.0, "unpruned")), color="grey", lw=0.8)
-        for number, method in enumerate(methods):
-            for column, style in (("as pruned", ":"), ("repaired", "-"), ("rounds", "--")):
-                if column == "rounds" and method != "relevance":
-                    continue
-                points = {r: values(found, network, method, r, column) for r in ratios}
-                points = {r: v for r, v in points.items() if v}
-                label = f"{method}, {column}" if method == "relevance" else method
-                label = label if column != "as pruned" or method == "relevance" else None
-                axes.plot(
-                    *(list(points), [np.mean(v) for v in points.values()], style),
-                    **{"color": f"C{number}", "marker": ".", "label": label},
-                )
+        for (number, method), column in product(enumerate(methods), STYLES):
+            if column == "rounds" and method != "relevance":
+                continue
+            points = {r: values(found, network, method, r, column) for r in ratios}
+            points = {r: np.mean(v) for r, v in points.items() if v}
+            style = {"color": f"C{number}", "linestyle": STYLES[column], "marker": "."}
+            axes.plot(list(points), list(points.values()), **style)
         axes.set(xscale="log", title=network, xlabel="fraction of kernels kept")
-        axes.set_xticks(ratios, labels=[f"{ratio:g}" for ratio in ratios])
+        axes.set_ylabel("accuracy, without training")
+        axes.set_xticks(TICKS, labels=[f"{ratio:g}" for ratio in TICKS])
         axes.minorticks_off()
         axes.invert_xaxis()
-    figure.axes[0].set_ylabel("accuracy, without training")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    handles = [
+        Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(methods)
+    ]
+    handles += [Line2D([], [], color="k", linestyle=STYLES[name], label=name) for name in STYLES]
+    handles += [Line2D([], [], color="grey", lw=0.8, label="unpruned")]
+    panels[len(networks)].legend(handles=handles, loc="center", fontsize=12)
+    for axes in panels[len(networks) :]:
+        axes.set_axis_off()
     with replacing(FIGURE) as partial:
         figure.savefig(partial, format="png", dpi=110)
 

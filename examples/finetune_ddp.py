@@ -52,8 +52,7 @@ def main() -> None:
         fxlean.prune(model, ratio, x, method="relevance", calibration=batches, **channels)
         fxlean.repair(model, batches, reference, progress=False)
         show(f"repaired at {ratio:.0%} of the MACs", model)
-        # Wrapped anew, because masks have made other parameters of the same ones.
-        whole = DistributedDataParallel(model)
+        # Still wrapped: masks rename parameters, and gradients of the same objects are averaged.
         train(whole, (images, labels), options.epochs, peak_rate=0.003)
     show("fine-tuned", model)
     small = fxlean.compact(model.eval(), x)

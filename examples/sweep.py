@@ -86,21 +86,22 @@ def run_missing(cases: Sequence[Row], folder: Path, workers: int | None) -> None
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Test accuracies by method and ratio: means over seeds, with standard errors."""
+    """Test accuracies by method and ratio: means over seeds, with standard errors if there are."""
     ratios = sorted({row["ratio"] for row in rows}, reverse=True)
     lines = ["method    " + "".join(f"{ratio:>16.1%}" for ratio in ratios)]
     for method, ratio in itertools.product(dict.fromkeys(row["method"] for row in rows), ratios):
         if ratio == ratios[0]:
             lines.append(f"{method:<10}")
         centre, error = summary(rows, method, ratio)
-        lines[-1] += f"{centre:>9.1%} ± {error:.1%}"
+        spread = "" if error is None else f" ± {error:.1%}"
+        lines[-1] += f"{centre:.1%}{spread}".rjust(16)
     return "\n".join([*lines, f"unpruned: {mean(row['unpruned'] for row in rows):.1%}"])
 
 
-def summary(rows: Sequence[Row], method: str, ratio: float) -> tuple[float, float]:
-    """Mean accuracy over seeds, and its standard error; 0 for a single seed."""
+def summary(rows: Sequence[Row], method: str, ratio: float) -> tuple[float, float | None]:
+    """Mean accuracy over seeds, and its standard error, of which one seed tells nothing."""
     found = [row["accuracy"] for row in rows if (row["method"], row["ratio"]) == (method, ratio)]
-    return mean(found), stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
+    return mean(found), stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:
@@ -109,7 +110,9 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     ratios = sorted({row["ratio"] for row in rows})
     for method in dict.fromkeys(row["method"] for row in rows):
         centres, errors = zip(*[summary(rows, method, ratio) for ratio in ratios], strict=True)
-        axes.errorbar(ratios, centres, errors, label=method, marker="o", capsize=3)
+        axes.errorbar(
+            ratios, centres, None if None in errors else errors, label=method, marker="o", capsize=3
+        )
     axes.axhline(
         mean(row["unpruned"] for row in rows), color="grey", linestyle=":", label="unpruned"
     )

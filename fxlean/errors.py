@@ -58,8 +58,19 @@ def first_line(err: BaseException) -> str:
 
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line outside of the library that has called it."""
+    warnings.warn(message, category, stacklevel=_outside()[1] + 1)
+
+
+def place_of_call() -> tuple[str, int]:
+    """File and line outside of the library that has called it, for a warning later on."""
+    frame, _ = _outside()
+    return (frame.f_code.co_filename, frame.f_lineno) if frame else ("sys", 1)
+
+
+def _outside() -> tuple[FrameType | None, int]:
+    """The frame that has called the library, and how far it is above the caller of this."""
     frame: FrameType | None = sys._getframe(1)
-    level = 2
+    level = 0
     while frame is not None and frame.f_globals.get("__name__", "").startswith("fxlean."):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)
+    return frame, level

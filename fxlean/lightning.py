@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, PruneWarning, some, warn
 from .masking import remove_masks
-from .pruning.options import check_names
+from .pruning.options import check, check_names
 from .pruning.prune_model import prune
 from .pruning.result import PruneResult
 from .pruning.schedules import schedule
+from .tracing.arguments import check_count
 
 WHAT = ("ignore", "prune_outputs", "include_linear", "granularity")  # decide what has masks
 
@@ -32,10 +35,10 @@ class PruningCallback(Callback):
         ratio: fraction of the prunable kernels that is kept in the end.
         steps: number of steps; step t keeps `ratio ** (t / steps)`.
         apply_pruning: whether to prune after an epoch: a bool, or a function of its number.
-        make_pruning_permanent: whether to take the masks off when training ends, with zeros in
-            their places.
+        make_pruning_permanent: whether to take the masks off the part that was pruned when
+            training ends, with zeros in their places.
         prune_on_train_epoch_end: whether to prune after the training part of an epoch, or after
-            its validation.
+            its validation, which then has to take place.
         verbose: 0 for silence, 1 for a line after each step, 2 for the table.
         module: path of the part of the module to prune, such as "model"; by default all of it.
         example_inputs: as for `prune`; by default the module's `example_input_array`.
@@ -44,6 +47,13 @@ class PruningCallback(Callback):
 
     Attributes:
         results: the result of each step of this run.
+
+    Raises:
+        ArgumentError: at the call for bad arguments; when training starts for names of layers that
+            the module does not have.
+
+    Warns:
+        PruneWarning: training has ended before all steps were done.
     """
 
     def __init__(
@@ -63,6 +73,13 @@ class PruningCallback(Callback):
         check_names(options, prune)
         if verbose not in (0, 1, 2):
             raise ArgumentError(f"verbose is {verbose!r}. Pass 0, 1 or 2.")
+        flags = {
+            "apply_pruning": True if callable(apply_pruning) else apply_pruning,
+            "make_pruning_permanent": make_pruning_permanent,
+            "prune_on_train_epoch_end": prune_on_train_epoch_end,
+        }
+        check(nn.Identity(), ratio, **_without_layers(options), **flags)
+        check_count("calibration_batches", calibration_batches, 0)
         self.results: list[PruneResult] = []
         self._ratios, self._done = schedule(ratio, steps), 0
         self._apply, self._permanent = apply_pruning, make_pruning_permanent
@@ -73,6 +90,7 @@ class PruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the masks on, before optimizers are made and checkpoints are loaded."""
         if stage == "fit":
+            check(self._part(pl_module), **self._options)
             options = {key: self._options[key] for key in WHAT if key in self._options}
             self._prune(pl_module, 1.0, method="l1", redundancy=False, **options)
 
@@ -87,9 +105,20 @@ class PruningCallback(Callback):
             self._step(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the masks off, if they are to be made permanent."""
+        """Take the masks off, if they are to be made permanent; warn if steps are missing."""
         if self._permanent:
-            remove_masks(pl_module)
+            remove_masks(self._part(pl_module))
+        if self._done < len(self._ratios) and trainer.is_global_zero:
+            kept = self._ratios[self._done - 1] if self._done else 1.0
+            where = "training" if self._after_training else "validation"
+            warn(
+                f"training has ended after {self._done} of {len(self._ratios)} pruning steps, with "
+                f"{kept:.3g} to keep instead of {self._ratios[-1]:.3g}. One step takes place after "
+                f"the {where} of each epoch that apply_pruning lets pass: train for more epochs, "
+                "pass fewer steps"
+                + ("." if self._after_training else ", or give Trainer.fit a validation loader."),
+                PruneWarning,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps are done."""
@@ -117,4 +146,26 @@ class PruningCallback(Callback):
         inputs = self._inputs
         if inputs is None:
             inputs = pl_module.example_input_array
-        return prune(pl_module.get_submodule(self._module), ratio, inputs, **options)
+        return prune(self._part(pl_module), ratio, inputs, **options)
+
+    def _part(self, pl_module: LightningModule) -> nn.Module:
+        """The module to prune."""
+        parts: dict[str, nn.Module] = dict(pl_module.named_modules())
+        if self._module not in parts:
+            close = get_close_matches(str(self._module), parts, 1)
+            meant = f" Did you mean {close[0]}?" if close else ""
+            names = some([name for name, _ in pl_module.named_children()])
+            raise ArgumentError(
+                f"module is {self._module!r}, and {type(pl_module).__name__} has no such module."
+                f"{meant} Pass the path of one: {names}, or one inside of them."
+            )
+        return parts[self._module]
+
+
+def _without_layers(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that can be checked before the module is known."""
+    return {
+        name: value
+        for name, value in options.items()
+        if name != "ignore" and not (name == "at_least" and isinstance(value, Mapping))
+    }

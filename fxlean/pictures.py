@@ -114,7 +114,7 @@ def drawing(
     base = height.max() + 0.7
     for column in np.unique(depth[used]):
         name = names[used[depth[used] == column][0]]
-        ax.text(column, -base, re.split(r"[\[ ]", name)[0], ha="center", va="top", fontsize=7)
+        ax.text(column, -base, re.split(r"[\[ ]", name)[0], ha="center", va="top", fontsize=10)
     ax.set_ylim(-base - 0.6, base)
     ax.margins(x=0.08)
     ax.set_axis_off()

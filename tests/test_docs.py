@@ -1,5 +1,6 @@
 """Pages whose code runs: in one process with fxlean, and in others that cannot import it."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -68,6 +69,9 @@ def test_the_site_is_built_without_a_warning_and_has_every_page(tmp_path):
     reference = (tmp_path / "reference/index.html").read_text()
     for name in set(fxlean.__all__) - {"rules", "__version__"}:
         assert f'id="fxlean.{name}"' in reference
+    signatures = re.sub(r"<[^>]+>", "", reference)
+    assert "rounds: int = 3," in signatures  # and not the name of a constant
+    assert not re.findall(r"\w+: [\w\[\]]+ = [A-Z]{2,}", signatures)
 
 
 @pytest.mark.parametrize("size", [(2, 5, 8, 8), (2, 5, 8), (2, 5)])

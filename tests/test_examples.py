@@ -264,4 +264,5 @@ def test_a_sweep_runs_what_is_missing_on_two_workers(tmp_path, monkeypatch):
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     table = output[output.rindex("method  ") :].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["lean", "relevance", "l1"]
+    assert not any("±" in line for line in table)  # of one seed
     assert started(*script, *small, "lean", "relevance", "l1").endswith("\n".join(table) + "\n")

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxlean
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
     "ignore:.*isinstance.*LeafSpec.*:FutureWarning",
     "ignore:The dirpath has changed",
+    "ignore:You defined a `validation_step` but have no",
 )
 
 
@@ -49,7 +51,7 @@ def loader():
     return DataLoader(TensorDataset(images, torch.arange(16) % 3), batch_size=8)
 
 
-def fit(callback, folder, epochs, module=None, checkpoint=None, **options):
+def fit(callback, folder, epochs, module=None, checkpoint=None, validate=True, **options):
     module = module or Classifier()
     trainer = Trainer(
         max_epochs=epochs,
@@ -61,7 +63,8 @@ def fit(callback, folder, epochs, module=None, checkpoint=None, **options):
         callbacks=[callback, ModelCheckpoint(folder, save_top_k=-1)],
         log_every_n_steps=1,
     )
-    trainer.fit(module, loader(), loader(), ckpt_path=checkpoint, **options)
+    validation = loader() if validate else None
+    trainer.fit(module, loader(), validation, ckpt_path=checkpoint, **options)
     return module, trainer
 
 
@@ -131,3 +134,61 @@ def test_bad_arguments_are_told_at_once():
         PruningCallback(0.5, 0)
     with pytest.raises(fxlean.ArgumentError, match="verbose is 3"):
         PruningCallback(0.5, 1, verbose=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "lien"}, "method is 'lien'. Pass one of lean"),
+        ({"norm": "l3"}, "norm is 'l3'"),
+        ({"granularity": "layer"}, "granularity is 'layer'"),
+        ({"at_least": 2}, "at_least is 2"),
+        ({"redundancy": "no"}, "redundancy is 'no'"),
+        ({"calibration_batches": -1}, "calibration_batches is -1. Pass a whole number"),
+        ({"apply_pruning": "yes"}, "apply_pruning is 'yes'"),
+        ({"make_pruning_permanent": 1}, "make_pruning_permanent is 1"),
+        ({"prune_on_train_epoch_end": None}, "prune_on_train_epoch_end is None"),
+    ],
+)
+def test_options_of_prune_are_checked_at_once(options, message):
+    with pytest.raises(fxlean.ArgumentError, match=message):
+        PruningCallback(0.2, 3, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"module": "modle"}, r"module is 'modle', .*Classifier.* Did you mean model\?"),
+        ({"module": "forward"}, "module is 'forward', .*one: model, or"),
+        ({"ignore": "head"}, "'head'"),
+        ({"at_least": {"head": 0.5}}, "'head'"),
+    ],
+)
+def test_names_that_the_module_lacks_are_told_before_training(options, message, tmp_path):
+    callback = PruningCallback(0.2, 3, method="l1", **options)
+    with pytest.raises(fxlean.ArgumentError, match=message):
+        fit(callback, tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "options", "message"),
+    [
+        (1, {}, "after 1 of 2 pruning steps, with 0.5 .* train for more epochs"),
+        (2, {"prune_on_train_epoch_end": False}, "after 0 of 2 .* give Trainer.fit a validation"),
+    ],
+)
+def test_a_run_that_ends_before_its_steps_are_done_warns(epochs, options, message, tmp_path):
+    callback = PruningCallback(0.25, 2, method="l1", **options)
+    with pytest.warns(fxlean.PruneWarning, match=message):
+        fit(callback, tmp_path, epochs, validate=False)
+
+
+def test_masks_outside_of_the_pruned_part_are_left_alone(tmp_path):
+    module = Classifier()
+    module.head = module.model[-1]
+    module.model[-1] = nn.Identity()
+    module.forward = lambda x: module.head(module.model(x))
+    prune.l1_unstructured(module.head, "weight", 0.5)
+    callback = PruningCallback(0.5, 1, module="model", make_pruning_permanent=True, method="l1")
+    fit(callback, tmp_path, 1, module)
+    assert [path for path, _, _ in masked(module)] == ["head."]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from ..errors import ArgumentError, PruneWarning, warn
+from ..errors import ArgumentError, PruneWarning, place_of_call
 from ..tracing.arguments import check_count
 from .options import check_ratio
 
@@ -52,7 +53,7 @@ class _Steps(Iterator[Result]):
     """Results of steps that are made as somebody loops over them; warns if nobody ever does."""
 
     def __init__(self, steps: Iterator[Result]) -> None:
-        self._steps, self._begun = steps, False
+        self._steps, self._begun, self._place = steps, False, place_of_call()
 
     def __next__(self) -> Result:
         self._begun = True
@@ -60,10 +61,11 @@ class _Steps(Iterator[Result]):
 
     def __del__(self) -> None:
         if not self._begun:
-            warn(
+            warnings.warn_explicit(  # at the call: where it dies, nothing may run any more
                 "nothing was pruned: fxlean.iterate prunes as you loop over what it returns, and "
                 "nobody did. Write `for result in fxlean.iterate(...): finetune(model)`.",
                 PruneWarning,
+                *self._place,
             )
 
 

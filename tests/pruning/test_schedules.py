@@ -2,7 +2,11 @@
 
 import copy
 import itertools
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +60,23 @@ def test_repair_cannot_go_on_without_the_unpruned_network():
     model, inputs = make("residual")
     with pytest.raises(fxlean.ArgumentError, match=r"fxlean\.schedule\(ratio, steps\)\[start:\]"):
         fxlean.iterate(model, 0.5, 3, inputs, start=1, repair=True)
+
+
+def test_a_schedule_that_nobody_loops_over_warns_at_its_call_as_the_interpreter_exits(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, fxlean\n"
+        "model, image = torch.nn.Conv2d(1, 2, 3), torch.zeros(1, 1, 8, 8)\n"
+        "steps = fxlean.iterate(model, 0.5, 2, image, prune_outputs=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(fxlean.__file__).parents[1])},
+        check=True,
+    )
+    assert f"{script}:3: PruneWarning: nothing was pruned" in done.stderr
 
 
 def test_a_schedule_that_nobody_loops_over_is_noticed():

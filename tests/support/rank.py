@@ -64,13 +64,21 @@ def check_masks(rank: int, method: str, wrapped: bool, broadcast: bool) -> None:
     masks = {name: mask.clone() for name, mask in model.named_buffers() if "mask" in name}
     assert masks, case
     optimizer = torch.optim.SGD(whole.parameters(), 0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        whole(torch.randn(4, 3, 12, 12)).square().mean().backward()
-        optimizer.step()
+    train(whole, optimizer)
     assert len(everywhere(digest(model))) == 1, case
     for name, mask in model.named_buffers():
         assert name not in masks or torch.equal(mask, masks[name]), (case, name)
+    fxlean.prune(whole, 0.3, torch.zeros(1, 3, 12, 12), method=method)
+    train(whole, optimizer)  # wrapped as it was
+    assert len(everywhere(digest(model))) == 1, case
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Two steps on data that differ from rank to rank."""
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 12, 12)).square().mean().backward()
+        optimizer.step()
 
 
 def check_repair(rank: int) -> None:
