@@ -108,7 +108,8 @@ def _explain(bare: nn.Module, trace: Trace, problems: list[str]) -> None:
     if problems:
         reason = (
             f"for what was cut out of it does not compute the same: {problems[0]}. Where sizes are "
-            "written into the code, compute them from shapes."
+            "written into the code, compute them from shapes; leave out what is computed and not "
+            "used."
         )
     elif dead:
         reason = (
