@@ -16,6 +16,7 @@ from ..tracing.leaves import tensors_in
 from ..tracing.sandbox import copied, running
 
 ATTRIBUTE = "_fxlean_unpruned"  # on a masked model: the fingerprint of what it was made of
+CHUNK = 2**22
 
 
 def is_unpruned(model: nn.Module) -> bool:
@@ -43,9 +44,14 @@ def fingerprint(model: nn.Module) -> int:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """A number that changes with any bit of a tensor, on whatever device it is."""
-    value = tensor.detach().cpu().contiguous()
-    return zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data)
+    """The sum of the bits of a tensor, taken as integers and weighted by their places."""
+    integers = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
+    bits = tensor.detach().contiguous().reshape(-1).view(integers)
+    total = 0
+    for number, part in enumerate(bits.split(CHUNK)):
+        places = torch.arange(1, len(part) + 1, device=part.device, dtype=torch.int64)
+        total += (number + 1) * int((part.long() * places).sum())
+    return total
 
 
 def without_masks(model: nn.Module) -> nn.Module:
