@@ -32,8 +32,10 @@ def choose_slots(slots: Slots, layers: Layers) -> Kept:
     Whether to tie a layer is judged by what it saves the layer and those neighbours that would
     have more to compute; then it is tried all together.
     """
-    fill = is_ragged(slots)
-    loose = solve(slots, fill=fill)
+    loose = solve(slots)
+    fill = is_ragged(slots, loose)
+    if fill:
+        loose = solve(slots, fill=True)
     selecting = [name for name, applications in layers.items() if _selects(applications, loose)]
     if not selecting:
         return loose

@@ -62,13 +62,12 @@ def _keep_needed(
         kept[result[fill_up(rows, others)]] = True
 
 
-def is_ragged(slots: Slots) -> bool:
+def is_ragged(slots: Slots, kept: Kept) -> bool:
     """Whether kernels are zero between channels that must be kept and are not always zero.
 
     Where single kernels were pruned, how many channels happen to be left of a layer can make it
     slow, so that a few more stay. Where whole channels were, somebody chose.
     """
-    kept = solve(slots)
     left = zero = 0
     for applied in slots.applications:
         rows = kept(applied.result.slots) & ~applied.result.zero

@@ -52,7 +52,7 @@ def planned(model, x):
     def estimate(kept):
         return sum(cost(part_of(calls, kept)) for calls in layers.values())
 
-    fill = is_ragged(slots)
+    fill = is_ragged(slots, solve(slots))
     loose = solve(slots, fill=fill)
     selecting = [
         name
@@ -100,7 +100,7 @@ def test_a_selection_is_filled_up_only_with_channels_that_are_there(method, rati
     remove_masks(model)
     with torch.no_grad():
         slots = slots_of(model, trace_model(model, x), FOLLOW[0])
-    kept = solve(slots, fill=is_ragged(slots))
+    kept = solve(slots, fill=is_ragged(slots, solve(slots)))
     for name, calls in layers_of(slots).items():
         if name.endswith("norm1"):
             assert not (kept(calls[0].result.slots) & ~kept(calls[0].source.slots)).any()

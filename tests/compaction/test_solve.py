@@ -76,7 +76,7 @@ def test_only_where_single_kernels_are_zero_is_a_layer_filled_up(single, count):
         model[2].weight[:, 30:] = 0
         model[2].weight[0, :single] = 0
     slots = slots_of(model, trace_model(model, torch.zeros(1, 3, 4, 4)), FOLLOW[0])
-    kept = solve.solve(slots, fill=solve.is_ragged(slots))
+    kept = solve.solve(slots, fill=solve.is_ragged(slots, solve.solve(slots)))
     found = [int(kept(applied.result.slots).sum()) for applied in slots.applications]
     assert found == [count, count, 4]
 
