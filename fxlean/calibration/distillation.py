@@ -19,7 +19,7 @@ from ..tracing.arguments import check_count, check_model, unwrapped
 from ..tracing.inputs import Arguments, call
 from .batches import read_batches
 from .elements import put_back, saved
-from .reference import floats_of, outputs_of
+from .reference import check_reference, floats_of, outputs_of
 from .repair_model import DELAY
 from .statistics import batch_norms_training, measure_statistics
 
@@ -130,7 +130,7 @@ def _loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 
 def _check(model: Any, reference: Any, steps: Any, rate: Any) -> None:
     check_model(model)
-    check_model(reference)
+    check_reference(model, reference)
     check_count("steps", steps)
     if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
         raise ArgumentError(f"rate is {shown(rate)}. Pass a positive number, such as {RATE}.")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..masking import is_masked, masked, remove_masks
-from ..tracing.arguments import public_name
+from ..tracing.arguments import check_model, public_name, unwrapped
 from ..tracing.inputs import Arguments, call
 from ..tracing.leaves import tensors_in
 from ..tracing.sandbox import copied, running
@@ -52,6 +53,15 @@ def _checksum(tensor: Tensor) -> int:
         places = torch.arange(1, len(part) + 1, device=part.device, dtype=torch.int64)
         total += (number + 1) * int((part.long() * places).sum())
     return total
+
+
+def check_reference(model: nn.Module, reference: Any) -> None:
+    """Reject what cannot be the unpruned network of a model."""
+    check_model(reference, "reference")
+    if unwrapped(reference) is unwrapped(model):
+        raise ArgumentError(
+            "reference is the model itself. Pass a copy of it from before it was pruned."
+        )
 
 
 def without_masks(model: nn.Module) -> nn.Module:

@@ -31,7 +31,7 @@ from .corrections import (
 from .elements import SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
 from .norm_corrections import correct_norm, correct_scale, shared_scales
-from .reference import is_unpruned, outputs_of, without_masks
+from .reference import check_reference, is_unpruned, outputs_of, without_masks
 from .repair_result import RepairResult
 from .running import Known
 from .side_by_side import opened
@@ -83,14 +83,9 @@ def repair(
     """
     check_model(model)
     model = unwrapped(model)
-    if reference is None:
-        reference = _masks_off(model)
-    check_model(reference)
+    reference = _masks_off(model) if reference is None else reference
+    check_reference(model, reference)
     check_count("steps", steps, least=0)
-    if unwrapped(reference) is model:
-        raise ArgumentError(
-            "reference is the model itself. Pass a copy from before it was pruned, or leave it out."
-        )
     return repair_towards(model, batches, unwrapped(reference), {}, steps, progress)
 
 

@@ -12,13 +12,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, first_line, some
+from ..errors import ArgumentError, some
 from .layout import Form, Shapes, dense_shapes, forms, named_tensors
 from .packing import unpacked
 
 FORMAT = 1
 KEY = "fxlean"  # of our part in the header
-WRAPPERS = ("module.", "_orig_mod.")  # before all names: DistributedDataParallel, torch.compile
 MOST = 5  # differences in one message
 
 
@@ -64,8 +63,8 @@ def read(source: Any, model: nn.Module) -> Saved:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except Exception as err:  # of pickle, zip and safetensors, each its own
         raise ArgumentError(
-            f"{path} cannot be read ({first_line(err)}). Pass a file of fxlean.save, or one with "
-            "the state_dict of a model."
+            f"{path} cannot be read ({type(err).__name__}). Pass a file of fxlean.save, or of "
+            "torch.save with the state_dict of a model alone."
         ) from err
     if header is None:
         return _of_state(tensors, path, model)
@@ -99,9 +98,7 @@ def _of_state(state: Any, origin: str, model: nn.Module) -> Saved:
             f"{origin} holds what is no tensor: {some(others)}. Pass the state_dict in it, such as "
             "fxlean.load(model, torch.load(path)['state_dict'])."
         )
-    for wrapper in WRAPPERS:
-        if state and all(name.startswith(wrapper) for name in state):
-            state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
+    state = _without_wrappers(state, model)
     tensors: dict[str, Tensor] = {}
     masks: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -113,6 +110,21 @@ def _of_state(state: Any, origin: str, model: nn.Module) -> Saved:
     same = _same(tensors, model)
     shapes = {name: list(tensors[same.get(name, name)].shape) for name in {**tensors, **same}}
     return Saved(origin, shapes, forms(model), tensors, masks, same, None)
+
+
+def _without_wrappers(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """A state without what stands before all names and is not in the model.
+
+    As of DistributedDataParallel, torch.compile, or the attribute of a LightningModule.
+    """
+    known = {name for name, _ in named_tensors(model, remove_duplicate=False)}
+    inner = state
+    while inner and not any(name.removesuffix("_orig") in known for name in inner):
+        wrapper = next(iter(inner)).partition(".")[0] + "."
+        if not all(name.startswith(wrapper) for name in inner):
+            return state
+        inner = {name.removeprefix(wrapper): tensor for name, tensor in inner.items()}
+    return inner
 
 
 def _same(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:

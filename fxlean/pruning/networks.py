@@ -97,16 +97,18 @@ def network_of(
         include_linear=include_linear,
     )
     if network.graph.num_kernels == 0:
-        reasons = "; ".join(by_reason(network.skipped))
-        could = {OUTPUT, LINEAR}.intersection(network.skipped.values())
-        raise ArgumentError(
-            f"{type(model).__name__} has no convolution to prune ({reasons or 'none was found'}). "
-            + (
+        if {OUTPUT, LINEAR}.intersection(network.skipped.values()):
+            advice = (
                 "Pass prune_outputs=True to prune the layers that make the output, or "
                 "include_linear=True to prune linear layers."
-                if could
-                else "Change what keeps these layers from being pruned first."
             )
+        elif network.skipped:
+            advice = "Change what keeps these layers from being pruned first."
+        else:
+            advice = "Only weights of convolutions and linear layers are pruned."
+        reasons = "; ".join(by_reason(network.skipped)) or "none was found"
+        raise ArgumentError(
+            f"{type(model).__name__} has no convolution to prune ({reasons}). {advice}"
         )
     return network
 

@@ -19,10 +19,10 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ArgumentError(f"{name} is {shown(value)}. Pass a whole number of at least {least}.")
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, argument: str = "model") -> None:
     """Reject what is no module, or has no values to weigh."""
     if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}. Pass a torch.nn.Module.")
+        raise ArgumentError(f"{argument} is a {type(model).__name__}. Pass a torch.nn.Module.")
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError(
             f"{type(model).__name__} is compiled by TorchScript, which cannot be traced. Prune "

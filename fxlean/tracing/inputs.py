@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, some
+from ..errors import ArgumentError, shown, some
 from .leaves import replaced, strangers_in, tensors_in
 
 # Positional or keyword arguments of a model.
@@ -42,8 +42,9 @@ def as_arguments(example_inputs: Any) -> Arguments:
     tensors = tensors_in(arguments)
     if not tensors:
         raise ArgumentError(
-            f"example_inputs holds no tensor but {type(example_inputs).__name__}. Pass a tensor, "
-            "a tuple of the positional arguments of the model, or a dict of its keyword arguments."
+            f"example_inputs is {shown(example_inputs)}, which holds no tensor. Pass a tensor, "
+            "such as torch.zeros(1, 3, 64, 64), a tuple of the positional arguments of the model, "
+            "or a dict of its keyword arguments."
         )
     if not all(isinstance(key, str) for key in arguments) and isinstance(arguments, dict):
         raise ArgumentError(

@@ -94,6 +94,7 @@ def test_what_stays_as_it_was():
             {"reference": conv(3, 5)},
             r"returns shapes \[\(16, 2, 8, 8\)\], the reference \[\(16, 5",
         ),
+        (5, {"reference": None}, "reference is a NoneType. Pass a torch.nn.Module"),
         (5, {"batches": X[:, :2]}, "Sequential rejects batch 0"),
     ],
 )
@@ -104,6 +105,12 @@ def test_arguments_that_make_no_sense(steps, options, message):
     with pytest.raises(fxlean.ArgumentError, match=message):
         fxlean.distill(model, given.pop("batches"), given.pop("reference"), steps, **given)
     assert same_state(model.state_dict(), before)
+
+
+def test_a_model_is_not_its_own_reference():
+    model, _ = network()
+    with pytest.raises(fxlean.ArgumentError, match="reference is the model itself"):
+        fxlean.distill(model, X.split(16), model, 5)
 
 
 def test_nothing_to_train():

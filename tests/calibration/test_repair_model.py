@@ -342,7 +342,7 @@ def test_a_model_that_traces_in_parts_is_repaired_part_by_part():
             nn.Sequential(conv(3, 4)),
             r"(?s)reference Sequential has 1 layers where the model has 11",
         ),
-        (3, "model is a int. Pass a torch.nn.Module"),
+        (3, "reference is a int. Pass a torch.nn.Module"),
     ],
 )
 def test_references_that_do_not_fit(reference, message):

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 every_network = pytest.mark.parametrize("name", sorted(ZOO))
 REWRITTEN = {"functional", "stacked_weights", "weight_norm", "dense_in_place"}  # by compact
 IMAGE = torch.zeros(2, 3, 8, 8)
+WRAPPERS = {"data_parallel": "module.", "compiled": "module._orig_mod.", "lightning": "model.net."}
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def test_training_goes_on_as_it_would_have(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["plain", "shared_sequence", "weight_norm", "pre_pruned"])
-@pytest.mark.parametrize("kind", ["torch", "safetensors", "mapping", "wrapped"])
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "mapping", *WRAPPERS])
 def test_states_saved_by_plain_torch(name, kind, tmp_path):
     model, inputs = pruned(name)
     saved = {key: value.clone() for key, value in model.state_dict().items()}
@@ -150,11 +151,22 @@ def test_states_saved_by_plain_torch(name, kind, tmp_path):
     elif kind == "safetensors":
         save_file(saved, path)
     else:
-        prefix = "module." if kind == "wrapped" else ""
+        prefix = WRAPPERS.get(kind, "")
         torch.save({f"{prefix}{key}": value for key, value in saved.items()}, path)
     other = fxlean.load(fresh(name), path)
     assert_same(model, other, inputs)
     assert same_state(model.state_dict(), other.state_dict())
+
+
+def test_a_state_of_several_modules_is_no_wrapped_one():
+    saved = {
+        f"{part}.{key}": t
+        for part in ("student", "teacher")
+        for key, t in net().state_dict().items()
+    }
+    refused(net(), saved, r"only there: student\.0\.0\.weight, ")
+    saved = {f"student.{key}": t for key, t in nn.Conv2d(3, 4, 3).state_dict().items()}
+    refused(net(), saved, r"only there: student\.weight, student\.bias; only in the model")
 
 
 def test_masks_of_parameters_that_no_module_is_called_for_stay_up_to_date():

@@ -89,7 +89,10 @@ def with_weight(value):
         ),
         ({"ignore": 5}, r"match nothing in Sequential: 5\. Pass names"),
         ({"ignore": [None]}, r"match nothing in Sequential: None\. "),
-        ({"example_inputs": "image"}, r"example_inputs holds no tensor but str\. Pass a tensor"),
+        (
+            {"example_inputs": "image"},
+            r"example_inputs is 'image', which holds no tensor\. Pass a tensor",
+        ),
         (
             {"example_inputs": torch.zeros(1, 7, 8, 8)},
             r"rejects the example inputs \(1, 7, 8, 8\): RuntimeError.*Pass example_inputs that",
@@ -114,7 +117,7 @@ def test_bad_arguments(arguments, message):
         ({"at_least": {"nope": 0.5}}, r"^at_least entries match nothing in Sequential: 'nope'"),
         ({"method": {}}, r"method is \{\}\. Pass one of"),
         ({"redundancy": "no"}, r"redundancy is 'no'"),
-        ({"example_inputs": "image"}, r"holds no tensor but str"),
+        ({"example_inputs": "image"}, r"which holds no tensor"),
         ({"example_inputs": torch.zeros(1, 7, 8, 8)}, r"rejects the example inputs"),
     ],
 )
@@ -218,6 +221,11 @@ def test_models_that_cannot_be_pruned(build, message):
     with pytest.raises(fxlean.ArgumentError, match=message):
         fxlean.prune(model, 0.5)
     assert not before or vars(model) == before
+
+
+def test_a_model_of_other_layers():
+    with pytest.raises(fxlean.ArgumentError, match=r"\(none was found\)\. Only weights of conv"):
+        fxlean.prune(nn.LSTM(8, 4), 0.5, torch.zeros(3, 2, 8))
 
 
 def test_no_size_fits():

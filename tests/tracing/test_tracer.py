@@ -276,8 +276,8 @@ def test_a_model_without_any_part_that_traces():
             r"^Sequential rejects .*\(1, 5, 8, 8\): RuntimeError: .* Pass ex",
         ),
         ((IMAGE, IMAGE), r"rejects .*\(1, 3, 16, 16\) \+ \(1, 3, 16, 16\): TypeError"),
-        (3, r"^example_inputs holds no tensor but int\. Pass a tensor, a tuple of"),
-        ((), r"^example_inputs holds no tensor but tuple\."),
+        (3, r"^example_inputs is 3, which holds no tensor\. Pass a tensor, such as torch.zeros"),
+        ((), r"^example_inputs is \(\), which holds no tensor\."),
     ],
 )
 def test_what_the_model_rejects(inputs, message):
