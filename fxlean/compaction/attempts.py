@@ -113,8 +113,9 @@ def _explain(bare: nn.Module, trace: Trace, problems: list[str]) -> None:
         )
     elif dead:
         reason = (
-            f"for its {dead:,} dead channels share their places with live ones: through additions, "
-            "groups, or operators that need all channels. Prune further."
+            f"for its {dead:,} dead channels share their places with live ones, through additions, "
+            "groups, or operators that need all channels, or are too few for layers to get faster. "
+            "Prune further."
         )
     else:
         reason = (
