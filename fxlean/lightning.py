@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
@@ -28,8 +29,9 @@ class PruningCallback(Callback):
     All masks are put on before training starts, with nothing pruned, so that names in checkpoints
     and the state of optimizers are the same throughout, and `ckpt_path` resumes at the right step.
 
-    Arguments that Lightning's `ModelPruning` has too mean the same. What it calls `amount` is how
-    much goes; `ratio` is how much is kept.
+    Arguments that Lightning's `ModelPruning` has too mean the same, but that checkpoints always
+    hold the masks, for training to go on; `fxlean.load` reads their "state_dict". What it calls
+    `amount` is how much goes; `ratio` is how much is kept.
 
     Args:
         ratio: fraction of the prunable kernels that is kept in the end.
@@ -42,7 +44,8 @@ class PruningCallback(Callback):
         verbose: 0 for silence, 1 for a line after each step, 2 for the table.
         module: path of the part of the module to prune, such as "model"; by default all of it.
         example_inputs: as for `prune`; by default the module's `example_input_array`.
-        calibration_batches: how many batches of the training loader `method="relevance"` sees.
+        calibration_batches: how many batches of the training loader `method="relevance"` sees; for
+            that method only.
         **options: any other keyword argument of `prune`.
 
     Attributes:
@@ -50,7 +53,8 @@ class PruningCallback(Callback):
 
     Raises:
         ArgumentError: at the call for bad arguments; when training starts for names of layers that
-            the module does not have.
+            the module does not have, and where strategies such as "ddp_spawn" train in processes
+            whose masks do not come back, unless `make_pruning_permanent`.
 
     Warns:
         PruneWarning: training has ended before all steps were done.
@@ -80,6 +84,12 @@ class PruningCallback(Callback):
         }
         check(nn.Identity(), ratio, **_without_layers(options), **flags)
         check_count("calibration_batches", calibration_batches, 0)
+        method = options.get("method", "lean")
+        if calibration_batches and method != "relevance":
+            raise ArgumentError(
+                f"calibration_batches is {calibration_batches}, and method is {method!r}, which "
+                "looks at no data. Pass method='relevance', or leave it out."
+            )
         self.results: list[PruneResult] = []
         self._ratios, self._done = schedule(ratio, steps), 0
         self._apply, self._permanent = apply_pruning, make_pruning_permanent
@@ -90,6 +100,7 @@ class PruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Put the masks on, before optimizers are made and checkpoints are loaded."""
         if stage == "fit":
+            self._check_strategy(trainer)
             check(self._part(pl_module), **self._options)
             options = {key: self._options[key] for key in WHAT if key in self._options}
             self._prune(pl_module, 1.0, method="l1", redundancy=False, **options)
@@ -147,6 +158,15 @@ class PruningCallback(Callback):
         if inputs is None:
             inputs = pl_module.example_input_array
         return prune(self._part(pl_module), ratio, inputs, **options)
+
+    def _check_strategy(self, trainer: Trainer) -> None:
+        """Reject processes of which only the state of the module comes back, without a word."""
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not self._permanent:
+            raise ArgumentError(
+                f"{type(trainer.strategy).__name__} trains in processes whose masks do not come "
+                "back to the module here, nor would its weights. Pass strategy='ddp' to Trainer, "
+                "or make_pruning_permanent=True."
+            )
 
     def _part(self, pl_module: LightningModule) -> nn.Module:
         """The module to prune."""

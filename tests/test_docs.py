@@ -1,14 +1,10 @@
 """Pages whose code runs: in one process with fxlean, and in environments that have none."""
 
-import os
+import functools
 import re
 import subprocess
 import sys
-import sysconfig
-import textwrap
-import venv
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from torch import nn
 import fxlean
 from fxlean.channels.rules import table
 from fxlean.nn import Selected
+from tests.support.environments import new_environment, run
 from tests.support.pages import PAGES, ROOT, blocks, given
 
 DOCS = ROOT / "docs"
@@ -26,37 +23,11 @@ OF_OTHERS = {
     "training.md": [(".*does not have many workers", UserWarning), (".*LeafSpec", FutureWarning)],
 }
 
-STRICT = """
-import warnings
-warnings.simplefilter("error")
-warnings.simplefilter("ignore", DeprecationWarning)
-warnings.simplefilter("ignore", FutureWarning)  # of TorchScript, about itself
-"""
-
 
 @pytest.fixture(scope="session")
 def apart(tmp_path_factory):
-    """Runs code in a new environment, which has all that is installed here but fxlean."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, symlinks=True)
-    new = sysconfig.get_path("purelib", vars={"base": str(folder)})
-    # The folder here is only searched: how it points to an editable fxlean is not followed.
-    Path(new, "others.pth").write_text(sysconfig.get_path("purelib"))
-    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
-
-    def run(code, folder):
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        done = subprocess.run(
-            [python, "-c", STRICT + textwrap.dedent(code)],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    return run
+    """Runs code in a new environment without fxlean."""
+    return functools.partial(run, new_environment(tmp_path_factory.mktemp("environment")))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

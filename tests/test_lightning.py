@@ -145,6 +145,7 @@ def test_bad_arguments_are_told_at_once():
         ({"at_least": 2}, "at_least is 2"),
         ({"redundancy": "no"}, "redundancy is 'no'"),
         ({"calibration_batches": -1}, "calibration_batches is -1. Pass a whole number"),
+        ({"calibration_batches": 2}, "is 2, and method is 'lean', which looks at no data"),
         ({"apply_pruning": "yes"}, "apply_pruning is 'yes'"),
         ({"make_pruning_permanent": 1}, "make_pruning_permanent is 1"),
         ({"prune_on_train_epoch_end": None}, "prune_on_train_epoch_end is None"),
@@ -168,6 +169,29 @@ def test_names_that_the_module_lacks_are_told_before_training(options, message, 
     callback = PruningCallback(0.2, 3, method="l1", **options)
     with pytest.raises(fxlean.ArgumentError, match=message):
         fit(callback, tmp_path, 1)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+def test_processes_whose_masks_do_not_come_back_are_refused(strategy):
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    module = Classifier()
+    with pytest.raises(fxlean.ArgumentError, match=r"do not come back.*Pass strategy='ddp'"):
+        PruningCallback(0.5, 1, method="l1").setup(trainer, module, "fit")
+    assert not list(masked(module))
+    PruningCallback(0.5, 1, make_pruning_permanent=True).setup(trainer, module, "fit")
+    assert list(masked(module))
+
+
+def test_a_checkpoint_gives_its_masks_to_a_newly_built_network(tmp_path):
+    callback = PruningCallback(0.5, 1, module="model", method="l1")
+    module, trainer = fit(callback, tmp_path, 1)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    for other in (Classifier(), Classifier().model):
+        fxlean.load(other, saved)
+        x = torch.randn(2, 1, 8, 8)
+        assert torch.equal(other.eval()(x), module.eval()(x))
+        assert len(list(masked(other))) == len(list(masked(module)))
 
 
 @pytest.mark.parametrize(

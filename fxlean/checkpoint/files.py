@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, first_line
 from ..masking import masked, remove_masks
 from ..nn import RefreshMasks
 from ..tracing.arguments import check_model, unwrapped
@@ -30,16 +31,17 @@ Model = TypeVar("Model", bound=nn.Module)
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write weights, masks and shape of a network to a file, without pickle.
 
-    The file has the format of safetensors, with JSON in its header, and holds no more than the
-    dense network: of masked weights only what is kept, so that after `load` the rest is zero.
+    The file has the format of safetensors, with JSON in its header, and holds no more numbers than
+    the dense network: of masked weights only what is kept, so that after `load` the rest is zero.
 
     Args:
         model: pruned, compacted, both, or neither; not changed.
         path: of the file; one that is there is replaced as a whole.
 
     Raises:
-        ArgumentError: `compact` has written the model anew, or modules keep what is no tensor.
-        OSError: the path is a folder, or in none that there is.
+        ArgumentError: `compact` has written the model anew, modules keep what is no tensor, or
+            masks hold other numbers than 0 and 1.
+        OSError: the path is a folder, or in none that there is, or cannot be written.
 
     >>> import tempfile
     >>> small = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
@@ -52,7 +54,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_model(model)
     model = unwrapped(model)
     _check_storable(model)
-    _check_place(os.fspath(path))
+    _check_place(path)
     found = [(f"{prefix}{name}", module, name) for prefix, module, name in masked(model)]
     masks = {full: module.get_buffer(f"{name}_mask") for full, module, name in found}
     tensors: dict[str, Tensor] = {}
@@ -86,6 +88,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     try:
         save_file(tensors, draft, {"format": "pt", KEY: json.dumps(header)})
         draft.replace(path)
+    except SafetensorError as err:
+        raise OSError(f"{os.fspath(path)} cannot be written: {first_line(err)}") from err
     finally:
         draft.unlink(missing_ok=True)
 
@@ -128,8 +132,10 @@ def _equal(left: Tensor | None, right: Tensor | None) -> bool:
     return torch.equal(left, right)
 
 
-def _check_place(path: str) -> None:
+def _check_place(path: Any) -> None:
     """Reject what is no place for a file."""
+    if not isinstance(path, str | os.PathLike):
+        raise ArgumentError(f"path is a {type(path).__name__}. Pass the path of a file.")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a folder. Pass the path of a file in it.")
     folder = os.path.dirname(os.path.abspath(path))
@@ -139,6 +145,14 @@ def _check_place(path: str) -> None:
 
 def _check_storable(model: nn.Module) -> None:
     """Reject what cannot be rebuilt from tensors and JSON."""
+    for prefix, module, name in masked(model):
+        mask = module.get_buffer(f"{name}_mask")
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ArgumentError(
+                f"{prefix}{name}_mask holds other numbers than 0 and 1, as where buffers were "
+                "averaged. Copy the masks of the trained model instead, such as by "
+                "AveragedModel(model, use_buffers=False)."
+            )
     for path, module in model.named_modules():
         where = path or type(model).__name__
         if is_rewritten(module):

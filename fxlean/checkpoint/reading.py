@@ -12,12 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, some
+from ..errors import ArgumentError, first_line, some
 from .layout import Form, Shapes, dense_shapes, forms, named_tensors
 from .packing import unpacked
 
 FORMAT = 1
 KEY = "fxlean"  # of our part in the header
+COMPILED = "_orig_mod."  # what torch.compile puts into names
+COUNTER = "n_averaged"  # of AveragedModel, which holds nothing else by itself
 MOST = 5  # differences in one message
 
 
@@ -64,11 +66,22 @@ def read(source: Any, model: nn.Module) -> Saved:
     except Exception as err:  # of pickle, zip and safetensors, each its own
         raise ArgumentError(
             f"{path} cannot be read ({type(err).__name__}). Pass a file of fxlean.save, or of "
-            "torch.save with the state_dict of a model alone."
+            "torch.save with a state_dict; of a whole model in a file that you trust, pass "
+            "torch.load(path, weights_only=False).state_dict()."
         ) from err
     if header is None:
         return _of_state(tensors, path, model)
-    return _of_file(tensors, json.loads(header), path)
+    if not any(COMPILED in name for name, _ in model.named_modules()):
+        tensors = {name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}
+        header = header.replace(COMPILED, "")
+    try:
+        return _of_file(tensors, json.loads(header), path)
+    except ArgumentError:
+        raise
+    except (KeyError, TypeError, ValueError) as err:
+        raise ArgumentError(
+            f"{path} is not as fxlean.save wrote it ({first_line(err)}). Save the model anew."
+        ) from err
 
 
 def _of_file(tensors: dict[str, Tensor], header: dict[str, Any], path: str) -> Saved:
@@ -85,7 +98,12 @@ def _of_file(tensors: dict[str, Tensor], header: dict[str, Any], path: str) -> S
             tensors[name], masks[name] = unpacked(name, tensors, torch.Size(shape))
     masks |= {name: masks[same[name]] for name in header["masked"] if name in same}
     shapes, callers = header["shapes"], header["callers"]
-    return Saved(origin, shapes, header["forms"], tensors, masks, same, callers)
+    cut = header["forms"]
+    there = {**tensors, **same}
+    lost = [name for name in shapes if name not in there and name.rpartition(".")[0] not in cut]
+    if lost:
+        raise KeyError(some(lost))
+    return Saved(origin, shapes, cut, tensors, masks, same, callers)
 
 
 def _of_state(state: Any, origin: str, model: nn.Module) -> Saved:
@@ -103,8 +121,14 @@ def _of_state(state: Any, origin: str, model: nn.Module) -> Saved:
     masks: dict[str, Tensor] = {}
     for name, tensor in state.items():
         plain = name.removesuffix("_orig")
-        if plain != name and f"{plain}_mask" in state:
-            tensors[plain], masks[plain] = tensor, state[f"{plain}_mask"] != 0
+        mask = state.get(f"{plain}_mask")
+        if plain != name and mask is not None:
+            if mask.shape != tensor.shape:
+                raise ArgumentError(
+                    f"{origin} has a mask of shape {tuple(mask.shape)} for {plain}, which is "
+                    f"{tuple(tensor.shape)}. Pass a state_dict as the model gave it."
+                )
+            tensors[plain], masks[plain] = tensor, mask != 0
         elif f"{name.removesuffix('_mask')}_orig" not in state:
             tensors[name] = tensor
     same = _same(tensors, model)
@@ -115,10 +139,13 @@ def _of_state(state: Any, origin: str, model: nn.Module) -> Saved:
 def _without_wrappers(state: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
     """A state without what stands before all names and is not in the model.
 
-    As of DistributedDataParallel, torch.compile, or the attribute of a LightningModule.
+    As of DistributedDataParallel, torch.compile, AveragedModel, or the attribute of a
+    LightningModule.
     """
     known = {name for name, _ in named_tensors(model, remove_duplicate=False)}
-    inner = state
+    if not any(COMPILED in name for name in known):
+        state = {name.replace(COMPILED, ""): tensor for name, tensor in state.items()}
+    inner = {name: t for name, t in state.items() if name != COUNTER or name in known}
     while inner and not any(name.removesuffix("_orig") in known for name in inner):
         wrapper = next(iter(inner)).partition(".")[0] + "."
         if not all(name.startswith(wrapper) for name in inner):

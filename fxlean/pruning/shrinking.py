@@ -117,8 +117,12 @@ def _split(batches: Sequence[Arguments]) -> tuple[list[Arguments], list[Argument
             held.append(_samples(batch, size, slice(first, size)))
         else:
             (held if number % every == every - 1 and every > 1 else data).append(batch)
-    if not data or not held:
-        raise ArgumentError("batches hold one sample. Pass more: some are held out.")
+    samples = sum(map(batch_size, batches))
+    if samples < 3:
+        raise ArgumentError(
+            f"batches hold {samples} sample{'s' * (samples > 1)}. Pass at least three, better some "
+            "hundred: a part is held out."
+        )
     return data, held
 
 

@@ -2,14 +2,17 @@
 
 import copy
 import io
+import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 import fxlean
@@ -30,7 +33,12 @@ pytestmark = pytest.mark.filterwarnings(
 every_network = pytest.mark.parametrize("name", sorted(ZOO))
 REWRITTEN = {"functional", "stacked_weights", "weight_norm", "dense_in_place"}  # by compact
 IMAGE = torch.zeros(2, 3, 8, 8)
-WRAPPERS = {"data_parallel": "module.", "compiled": "module._orig_mod.", "lightning": "model.net."}
+WRAPPERS = {
+    "data_parallel": "module.",
+    "compiled": "_orig_mod.",
+    "both": "_orig_mod.module.",
+    "lightning": "model.net.",
+}
 
 
 @torch.no_grad()
@@ -156,6 +164,19 @@ def test_states_saved_by_plain_torch(name, kind, tmp_path):
     other = fxlean.load(fresh(name), path)
     assert_same(model, other, inputs)
     assert same_state(model.state_dict(), other.state_dict())
+
+
+def test_averages_and_parts_that_are_compiled(tmp_path):
+    model, path = net(), tmp_path / "model"
+    fxlean.prune(model, 0.4, IMAGE)
+    part = copy.deepcopy(model)
+    part[0] = torch.compile(part[0])
+    assert any("_orig_mod" in name for name in part.state_dict())
+    fxlean.save(part, path)
+    for source in (path, part.state_dict(), AveragedModel(model).state_dict()):
+        assert_same(fxlean.load(net(), source).eval(), model, (IMAGE,))
+    for source in (path, part.state_dict()):
+        assert_same(fxlean.load(copy.copy(part), source).eval(), model, (IMAGE,))
 
 
 def test_a_state_of_several_modules_is_no_wrapped_one():
@@ -295,6 +316,41 @@ def test_files_that_are_none_of_ours(tmp_path):
     refused(net(), tmp_path / "newer", r"fxlean 9\.0, torch 3\.0.* format 9.*newer fxlean")
     with pytest.raises(FileNotFoundError):
         fxlean.load(net(), tmp_path / "nothing")
+    torch.save(net(), tmp_path / "whole")
+    refused(net(), tmp_path / "whole", r"of a whole model .*weights_only=False\)\.state_dict\(\)")
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_files_that_were_changed(compacted, tmp_path):
+    model = net()
+    fxlean.prune(model, 0.2, IMAGE)
+    fxlean.save(fxlean.compact(model, IMAGE) if compacted else model, tmp_path / "model")
+    with safe_open(tmp_path / "model", "pt") as opened:
+        header = json.loads(opened.metadata()["fxlean"])
+    tensors = load_file(tmp_path / "model")
+    changed = tmp_path / "changed"
+    for key in header:
+        less = {name: value for name, value in header.items() if name != key}
+        save_file(tensors, changed, {"fxlean": json.dumps(less)})
+        refused(net(), changed, "changed is not as fxlean.save wrote it .*Save the model anew")
+    save_file(tensors, changed, {"fxlean": "{"})
+    refused(net(), changed, "changed is not as fxlean.save wrote it .*JSONDecodeError")
+    tensors.pop("5.weight")
+    save_file(tensors, changed, {"fxlean": json.dumps(header)})
+    refused(net(), changed, r"KeyError: '5\.weight'")
+
+
+def test_masks_that_are_none(tmp_path):
+    model = net()
+    fxlean.prune(model, 0.2, IMAGE)
+    saved = model.state_dict()
+    refused(
+        net(), saved | {"1.weight_mask": torch.ones(1)}, r"a mask of shape \(1,\) for 1\.weight, "
+    )
+    model.get_submodule("1").weight_mask.mul_(0.9)
+    with pytest.raises(fxlean.ArgumentError, match=r"1\.weight_mask holds other numbers"):
+        fxlean.save(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match=r"no folder .*none\. Make it"):
         fxlean.save(net(), tmp_path / "none" / "model")
     with pytest.raises(IsADirectoryError, match="Pass the path of a file in it"):

@@ -113,7 +113,9 @@ def test_options_are_those_of_prune():
         ({"ratio": 0.5, "rounds": 0}, "rounds is 0. Pass a whole number of at least 1"),
         ({"ratio": 0.5, "distill": 1.5}, "distill is 1.5. Pass a whole number of at least 0"),
         ({"ratio": 0.5, "metod": "l1"}, "metod is no option. Did you mean method?"),
-        ({"ratio": 0.5, "batches": torch.zeros(1, 3, 8, 8)}, "batches hold one sample"),
+        ({"ratio": 0.5, "batches": torch.zeros(1, 3, 8, 8)}, "batches hold 1 sample. Pass at"),
+        ({"ratio": 0.5, "batches": torch.zeros(2, 3, 8, 8)}, "batches hold 2 samples"),
+        ({"ratio": 0.5, "batches": list(torch.zeros(2, 1, 3, 8, 8))}, "batches hold 2 samples"),
         ({"ratio": 1e-4}, "of the macs stay when all channels are gone that may go"),
     ],
 )

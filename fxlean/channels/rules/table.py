@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, shown
 from ..calls import BATCH_NORMS, as_numbers, operator_of, sample, vanishes
 from ..flow import Flow, make_flow, reduce_to, scalar_gain
 from ..graph import Kind
@@ -238,13 +238,19 @@ def register(op: Any, rule: Rule, *, override: bool = False, resizes: bool = Fal
             is.
 
     Raises:
-        ArgumentError: `op` is no operator, or has a rule and `override` is False.
+        ArgumentError: `op` is no operator, or has a rule and `override` is False; or `rule` is no
+            function.
     """
     packet = operator_of(op)
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         raise ArgumentError(
             f"op is {op!r}, which is no torch operator. Pass an operator as it appears in a "
             "traced graph, such as torch.ops.mylib.myop."
+        )
+    if not callable(rule):
+        raise ArgumentError(
+            f"rule is {shown(rule)}. Pass a function from a Site to the flow of the result, such "
+            "as fxlean.rules.pointwise."
         )
     if packet in RULES and not override:
         raise ArgumentError(

@@ -288,6 +288,11 @@ def test_a_registered_rule_is_used(table):
     assert not fxlean.prune(Between(distances), 0.5, torch.zeros(1, 3, 8, 8)).opaque_ops
 
 
+def test_a_rule_is_a_function(table):
+    with pytest.raises(fxlean.ArgumentError, match=r"rule is 3\. Pass a function from a Site"):
+        register(aten._cdist_forward, 3)
+
+
 def test_rules_are_not_replaced_silently(table):
     with pytest.raises(
         fxlean.ArgumentError, match=r"convolution has a rule already \(convolution\)"
