@@ -58,10 +58,10 @@ class Draft:
         self._kernel_start.append(first_kernel)
         return len(self._kinds) - 1
 
-    def layer(self, name: str, alive: NDArray[np.bool_]) -> int:
+    def layer(self, name: str, parameter: str, alive: NDArray[np.bool_]) -> int:
         """A new prunable layer with kernels alive[output, input]; its first kernel's number."""
         start = sum(mask.size for mask in self._alive)
-        self._layers.append(Layer(name, start, *alive.shape))
+        self._layers.append(Layer(name, parameter, start, *alive.shape))
         self._alive.append(alive.reshape(-1))
         return start
 
@@ -137,7 +137,7 @@ def convolution_norm(
         stride=convolution.stride,
         dilation=convolution.dilation,
     )
-    kernel = draft.layer(names[0], alive(convolution, "weight"))
+    kernel = draft.layer(names[0], f"{names[0]}.weight", alive(convolution, "weight"))
     outputs = []
     for out in range(convolution.out_channels):
         outputs.append(draft.channel(Kind.SUM, channels, lengths[out], kernel))

@@ -180,7 +180,7 @@ def msd_graph(model: MSD, order: str = "spectral", *, fold: bool = True) -> ByHa
         name = f"weight{number}"
         dilation = model.dilations[number]
         lengths = draft.lengths(effective(model, name), dilation=dilation)
-        kernel = draft.layer(name, alive(model, name))
+        kernel = draft.layer(name, name, alive(model, name))
         layer = []
         for out in range(model.width):
             layer.append(draft.channel(Kind.SUM, list(channels), lengths[out], kernel))

@@ -105,7 +105,7 @@ def _double_conv(
 def _transposed(draft: Draft, name: str, convolution: Any, channels: Sequence[int]) -> list[int]:
     """The output channels of a transposed convolution, whose weight is stored (in, out)."""
     lengths = draft.lengths(effective(convolution, "weight"), stride=convolution.stride)
-    kernel = draft.layer(name, alive(convolution, "weight").T)
+    kernel = draft.layer(name, f"{name}.weight", alive(convolution, "weight").T)
     outputs = []
     for out in range(convolution.out_channels):
         outputs.append(draft.channel(Kind.SUM, channels, lengths[:, out], kernel))

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ArgumentError
+from .errors import ArgumentError, some
 
 GREY, BLUE, ORANGE = "#c8ccd0", "#1f77b4", "#e6862b"
-KINDS = ("#2b8a3e", BLUE, "#9467bd", GREY)  # of channels: live, sum, product, dead
+KINDS = {"live": "#2b8a3e", "sum": BLUE, "product": "#9467bd", "dead": GREY}  # of channels
+CHAINS = (ORANGE, "#d62728", "#17becf", "#8c564b", "#e377c2", "#bcbd22")
 MOST_CHANNELS = 300  # in a drawing of a graph
 
 
@@ -50,9 +51,15 @@ def bars(
         ax.locator_params(axis="x", nbins=4)
     axes[0].set_yticks(rows, names)
     axes[0].set_ylim(len(names) - 0.4, -0.6)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    _write_legend(figure, axes[0].containers, 2)
     return figure
+
+
+def _write_legend(figure: Any, handles: Sequence[Any], columns: int) -> None:
+    """A small legend below, without a frame."""
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
 
 
 def _short(value: float) -> str:
@@ -66,7 +73,7 @@ def _short(value: float) -> str:
 def drawing(
     kinds: NDArray[np.uint8],
     edges: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]],
-    kept: NDArray[np.bool_],
+    kept: NDArray[np.bool_ | np.integer],
     fixed: NDArray[np.bool_],
     names: Sequence[str],
 ) -> Any:
@@ -75,9 +82,10 @@ def drawing(
     Args:
         kinds: of the channels.
         edges: source, target and length of each edge.
-        kept: shape (edges,), True for those in colour, the wider the longer.
-        fixed: shape (edges,), True for those that no weight makes, drawn dashed.
-        names: of the channels, of which the first of each column is written.
+        kept: shape (edges,), True for those in colour, the wider the longer; or integers, of which
+            each positive one has a colour of its own, until the colours begin again.
+        fixed: shape (edges,), True for those that are no kernel, drawn dashed.
+        names: of the channels; the commonest of each column is written, without its index.
 
     Raises:
         ArgumentError: more channels than a drawing can show.
@@ -89,36 +97,83 @@ def drawing(
             f"the graph has {len(used):,} channels, and a drawing shows up to {MOST_CHANNELS}. "
             "Trace a smaller network, or give graph.adjacency() to a tool for large graphs."
         )
-    depth = np.zeros(len(kinds), dtype=np.int64)
-    for u, v in zip(sources, targets, strict=True):  # by target, so depths of sources are known
-        depth[v] = max(depth[v], depth[u] + 1)
-    height = np.zeros(len(kinds))
-    for column in np.unique(depth[used]):
-        here = used[depth[used] == column]
-        height[here] = np.arange(len(here)) - (len(here) - 1) / 2
-    figure, (ax,) = _subplots(1, 2 + 1.3 * depth.max(), 1.5 + 0.3 * np.ptp(height))
+    depth, height = _places(used, sources, targets, len(kinds))
+    width = 2 + 1.3 * depth.max()
+    legend = _legend(kinds[used], kept, fixed)
+    columns = max(1, int(width / (0.45 + 0.06 * max(map(len, legend), default=1))))
+    lines = -(-len(legend) // columns)
+    figure, (ax,) = _subplots(1, width, 1.5 + 0.3 * np.ptp(height) + 0.2 * lines)
     longest = lengths[~fixed].max(initial=1e-12)
     for number in np.argsort(kept, kind="stable"):  # those in colour on top
         u, v = sources[number], targets[number]
-        chosen = kept[number] and not fixed[number]
-        width = 0.3 + 2.2 * lengths[number] / longest if chosen else 0.5
-        ax.plot(
-            *_curve((depth[u], -height[u]), (depth[v], -height[v])),
-            color=ORANGE if chosen else GREY,
-            linewidth=1.0 if fixed[number] else width,
-            linestyle="--" if fixed[number] else "-",
-            zorder=1,
-        )
-    colours = [KINDS[kind] for kind in kinds[used]]
+        style = _line(kept[number], fixed[number], lengths[number] / longest)
+        ax.plot(*_curve((depth[u], -height[u]), (depth[v], -height[v])), zorder=1, **style)
+    colours = np.array(list(KINDS.values()))[kinds[used]]
     ax.scatter(depth[used], -height[used], s=36, c=colours, zorder=2, edgecolors="white")
     base = height.max() + 0.7
     for column in np.unique(depth[used]):
-        name = names[used[depth[used] == column][0]]
-        ax.text(column, -base, re.split(r"[\[ ]", name)[0], ha="center", va="top", fontsize=10)
+        words = [re.split(r"[\[ ]", names[c])[0] for c in used[depth[used] == column]]
+        word = max(reversed(words), key=words.count)  # the last of equals, as constants come first
+        ax.text(column, -base, word, ha="center", va="top", fontsize=10)
     ax.set_ylim(-base - 0.6, base)
     ax.margins(x=0.08)
     ax.set_axis_off()
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], label=label, **style) for label, style in legend.items()]
+    _write_legend(figure, handles, columns)
     return figure
+
+
+def _places(
+    used: NDArray[np.int32], sources: NDArray[np.int32], targets: NDArray[np.int32], count: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Of every channel in use its column, and its height in the column."""
+    depth = np.zeros(count, dtype=np.int64)
+    for u, v in zip(sources, targets, strict=True):  # by target, so depths of sources are known
+        depth[v] = max(depth[v], depth[u] + 1)
+    height = np.zeros(count)
+    for column in np.unique(depth[used]):
+        here = used[depth[used] == column]
+        height[here] = np.arange(len(here)) - (len(here) - 1) / 2
+    return depth, height
+
+
+def _line(kept: int, fixed: bool, length: float) -> dict[str, Any]:
+    """How an edge is drawn; its length is a fraction of the longest."""
+    if fixed:
+        return {"color": GREY, "linewidth": 1.0, "linestyle": "--"}
+    if kept <= 0:
+        return {"color": GREY, "linewidth": 0.5}
+    return {"color": _chain_colour(kept), "linewidth": 0.3 + 2.2 * length}
+
+
+def _chain_colour(number: int) -> str:
+    """The colour of a positive number."""
+    return CHAINS[(int(number) - 1) % len(CHAINS)]
+
+
+def _legend(
+    kinds: NDArray[np.uint8], kept: NDArray[np.bool_ | np.integer], fixed: NDArray[np.bool_]
+) -> dict[str, dict[str, Any]]:
+    """What there is among channels and edges, and how it is drawn."""
+    dot = {"marker": "o", "linestyle": "", "markeredgecolor": "white"}
+    found = {
+        name: {"color": colour, **dot}
+        for kind, (name, colour) in enumerate(KINDS.items())
+        if kind in kinds
+    }
+    chains: dict[str, list[int]] = {}
+    for number in np.unique(kept[kept > 0]).tolist():
+        chains.setdefault(_chain_colour(number), []).append(number)
+    for numbers in chains.values():
+        label = "kept" if kept.dtype == bool else f"chain {some([str(n) for n in numbers])}"
+        found[label] = _line(numbers[0], False, 0.6)
+    if (~fixed & (kept <= 0)).any():
+        found["not kept"] = _line(0, False, 0.6)
+    if fixed.any():
+        found["fixed"] = _line(0, True, 0.6)
+    return found
 
 
 def _curve(start: tuple[float, float], end: tuple[float, float]) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import some
+from ..pictures import html_table
 from .corrections import LayerError
 
 
@@ -38,22 +39,38 @@ class RepairResult:
         """Everything as plain data, ready for `json.dumps`."""
         return asdict(self) | {"layers": [asdict(layer) for layer in self.layers]}
 
-    def __str__(self) -> str:
-        width = max(len("outputs"), *(len(layer.name) for layer in self.layers), 0)
-        lines = [f"{'layer':<{width}}  {'before':>8}  {'after':>8}"]
-        lines += [_row(layer.name, layer.before, layer.after, width) for layer in self.layers]
-        lines.append("-" * len(lines[0]))
-        lines += [_row("outputs", self.before, self.after, width), ""]
-        lines.append(
-            f"relative errors on {self.held:,} held-out samples, repaired on {self.samples:,} "
-            f"({self.seconds:.2f} s)"
+    def __repr__(self) -> str:
+        return (
+            f"RepairResult({len(self.layers)} layers; error of the outputs "
+            f"{self.before:.2g} -> {self.after:.2g} on {self.held:,} held-out samples)"
         )
+
+    def _repr_html_(self) -> str:
+        return html_table(("layer", "before", "after"), self._rows(), self._notes())
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        width = max(len(name) for name, _, _ in rows)
+        heading, *others, total = (
+            f"{name:<{width}}  {before:>8}  {after:>8}"
+            for name, before, after in [("layer", "before", "after"), *rows]
+        )
+        rule = "-" * len(heading)
+        return "\n".join([heading, *others, rule, total, "", *self._notes()])
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Name and errors of every layer, and of the outputs."""
+        rows = [(layer.name, layer.before, layer.after) for layer in self.layers]
+        rows.append(("outputs", self.before, self.after))
+        return [(name, f"{before:.4f}", f"{after:.4f}") for name, before, after in rows]
+
+    def _notes(self) -> list[str]:
+        """What is below the table."""
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)
-        lines += [f"skipped: {some(names)}: {reason}" for reason, names in reasons.items()]
-        return "\n".join(lines)
-
-
-def _row(name: str, before: float, after: float, width: int) -> str:
-    return f"{name:<{width}}  {before:>8.4f}  {after:>8.4f}"
+        return [
+            f"relative errors on {self.held:,} held-out samples, repaired on {self.samples:,} "
+            f"({self.seconds:.2f} s)",
+            *(f"skipped: {some(names)}: {reason}" for reason, names in reasons.items()),
+        ]

@@ -36,10 +36,11 @@ class Layer:
     """One prunable weight: its kernels are numbered `start` to `start + rows * columns - 1`.
 
     Kernel `start + o * columns + j` leads from the j-th input channel (of the group of output
-    `o`) to output channel `o`.
+    `o`) to output channel `o`. Their elements are those of `parameter`.
     """
 
     name: str
+    parameter: str
     start: int
     rows: int
     columns: int
@@ -56,6 +57,18 @@ class Call:
 
     layer: str
     parameter: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Maker:
+    """An input or a call of an operator, which makes channels `first` to `first + count - 1`.
+
+    `name` is "input", "input2" and so on, or that of the node in the traced graph.
+    """
+
+    name: str
     first: int
     count: int
 
@@ -82,6 +95,7 @@ class ChannelGraph:
         alive: shape (k,), False for kernels that were pruned earlier.
         layers: the prunable weights, in the order of their kernels.
         calls: which channels are made by which weight, in their order.
+        makers: which channels are made by which input or operator, in their order; all of them.
     """
 
     kinds: NDArray[np.uint8]
@@ -97,6 +111,7 @@ class ChannelGraph:
     alive: NDArray[np.bool_]
     layers: tuple[Layer, ...] = ()
     calls: tuple[Call, ...] = ()
+    makers: tuple[Maker, ...] = ()
 
     @property
     def num_channels(self) -> int:
@@ -120,12 +135,16 @@ class ChannelGraph:
         )
 
     def names(self) -> list[str]:
-        """A name for each channel: "conv1[3]" is output 3 of a layer, "sum 17" what adds up."""
+        """A name for each channel, by what makes it.
+
+        "conv1[3]" is output 3 of a layer, "input[0]" comes with the first input, "add_1[5]" is made
+        by a node of the traced graph. In a graph made by hand "sum 17" is channel 17.
+        """
         found = [f"{Kind(kind).name.lower()} {c}" for c, kind in enumerate(self.kinds)]
-        for call in self.calls:
-            found[call.first : call.first + call.count] = [
-                f"{call.layer}[{row}]" for row in range(call.count)
-            ]
+        made = [(maker.name, maker.first, maker.count) for maker in self.makers]
+        made += [(call.layer, call.first, call.count) for call in self.calls]
+        for name, first, count in made:
+            found[first : first + count] = [f"{name}[{row}]" for row in range(count)]
         return found
 
     def kernels(self) -> NDArray[np.int64]:
@@ -134,25 +153,33 @@ class ChannelGraph:
         kernels: NDArray[np.int64] = np.where(starts < 0, -1, starts + self._within())
         return kernels
 
-    def kernel(self, number: int) -> tuple[str, int, int]:
-        """Layer, output channel, and input channel (of its group) of a kernel."""
+    def kernel(self, number: int) -> tuple[str, str, int, int]:
+        """Layer, parameter, output channel, and input channel (of its group) of a kernel."""
         for layer in self.layers:
             if number in range(*layer.kernels.indices(self.num_kernels)):
-                return layer.name, *divmod(number - layer.start, layer.columns)
+                output, column = divmod(number - layer.start, layer.columns)
+                return layer.name, layer.parameter, output, column
         raise ArgumentError(f"kernel {number} is none of {self.num_kernels}, counted from 0.")
 
-    def plot(self, keep: NDArray[np.bool_] | None = None) -> Any:
+    def plot(self, keep: NDArray[np.bool_ | np.integer] | None = None) -> Any:
         """A matplotlib figure of a small graph: channels, edges by length, kept ones in colour.
 
         Args:
-            keep: shape (k,), True for kernels in colour, such as those on chains; by default all
-                that are alive.
+            keep: shape (k,), True for kernels in colour; or integers: the number of the chain that
+                a kernel is on, of which each has another colour, and 0 for kernels on none. By
+                default all that are alive. docs/how-it-works.md numbers the chains of a graph.
 
         Raises:
-            ArgumentError: the graph is too large to be looked at.
+            ArgumentError: the graph is too large to be looked at, or `keep` is of another form.
         """
+        keep = np.asarray(self.alive if keep is None else keep)
+        if keep.shape != self.alive.shape or keep.dtype.kind not in "biu":
+            raise ArgumentError(
+                f"keep has shape {keep.shape} and type {keep.dtype}. Pass booleans or integers of "
+                f"shape {self.alive.shape}, one for each kernel."
+            )
         kernels = self.kernels()
-        kept = np.append(self.alive if keep is None else keep, False)[kernels]
+        kept = np.append(keep, False)[kernels]
         return drawing(self.kinds, self.edges(), kept, kernels < 0, self.names())
 
     def _repr_html_(self) -> str:

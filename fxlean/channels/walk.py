@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,12 +72,13 @@ def wire(model: nn.Module, trace: Trace) -> Wired:
     used: set[str] = set()
     walks: list[Walked] = []
     returned = {id(tensor) for tensor in trace.results}
+    numbers = itertools.count(1)
     for piece in trace.pieces:
         state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
         used |= {name for node, (name, _) in state.items() if node.users}
         sources = [
             (linked.get(id(piece.inputs[number])) if piece.inputs else None)
-            or source(wiring, tuple(node.meta["val"].shape))
+            or _named_source(wiring, tuple(node.meta["val"].shape), next(numbers))
             for number, node in enumerate(piece.input_nodes)
         ]
         with untouched(model):  # operators on constants may draw random numbers
@@ -110,14 +112,23 @@ def _with_numbers(
 ) -> Walked:
     """A walk, and which channels each call makes."""
     made: dict[fx.Node, range] = {}
+    prefix = f"{piece.module}." if piece.module else ""
 
     def apply(site: Site) -> Any:
         before = wiring.num_channels
         result = rule_for(site.node.target)(site)
-        made[site.node] = range(before, wiring.num_channels)
+        made[site.node] = wiring.made_by(prefix + site.node.name, before)
         return result
 
     return Walked(walk(piece, wiring, constants, sources, apply), made)
+
+
+def _named_source(wiring: Wiring, shape: tuple[int, ...], number: int) -> Flow:
+    """The source of an input, counted from 1, whose name is kept."""
+    first = wiring.num_channels
+    flow = source(wiring, shape)
+    wiring.made_by("input" if number == 1 else f"input{number}", first)
+    return flow
 
 
 def walk(

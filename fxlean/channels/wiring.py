@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from .builder import CONSTANT, ZERO, Affine, Bias
 from .calls import BatchNorm, Convolution, Linear
 from .flow import Flow, distinct, make_flow, meet, reduce_to, scalar_gain
-from .graph import Call, ChannelGraph, Kind, Layer
+from .graph import Call, ChannelGraph, Kind, Layer, Maker
 from .weights import Weight
 
 
@@ -57,11 +57,13 @@ class Wiring:
         biases: (parameter, flat index, channel) of biases and batch norms, which are masked
             where the channel is zero.
         opaque_ops: operators without a rule, with how often they occurred.
+        makers: the inputs and operators that have made channels.
     """
 
     blocks: list[Block] = field(default_factory=list)
     biases: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     opaque_ops: dict[str, int] = field(default_factory=dict)
+    makers: list[Maker] = field(default_factory=list)
     _block_of: dict[fx.Node, Block] = field(default_factory=dict)
     _kinds: list[NDArray[np.uint8]] = field(default_factory=list)
     _sizes: list[NDArray[np.int64]] = field(default_factory=list)
@@ -76,12 +78,21 @@ class Wiring:
 
     def __post_init__(self) -> None:
         self.add_channels(Kind.DEAD, 1)
+        self.made_by("zero", ZERO)
         self.add_channels(Kind.LIVE, 1)
+        self.made_by("constant", CONSTANT)
 
     @property
     def num_channels(self) -> int:
         """Number of channels so far."""
         return self._num_channels
+
+    def made_by(self, name: str, first: int) -> range:
+        """Note what has made the channels from `first` on; returns their numbers."""
+        made = range(first, self._num_channels)
+        if made:
+            self.makers.append(Maker(name, first, len(made)))
+        return made
 
     def add_channels(self, kind: Kind, count: int) -> Tensor:
         """See `Builder`."""
@@ -283,6 +294,7 @@ class Wiring:
             alive=~pruned.numpy(),
             layers=tuple(layers),
             calls=tuple(block.call() for block in self.blocks),
+            makers=tuple(self.makers),
         )
 
     def _ties(self) -> NDArray[np.int32]:

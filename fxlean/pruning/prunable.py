@@ -95,7 +95,7 @@ def find_prunable(
         if reason is not None:
             skipped[name] = reason
             continue
-        layer = Layer(name, start, block.rows, block.columns)
+        layer = Layer(name, block.call().parameter, start, block.rows, block.columns)
         start += block.rows * block.columns
         prunable |= dict.fromkeys(group, layer)
         weights.append(weight)
