@@ -18,6 +18,7 @@ from .pruning.options import check, check_names
 from .pruning.prune_model import prune
 from .pruning.result import PruneResult
 from .pruning.schedules import schedule
+from .selection.methods import METHODS, SHARE
 from .tracing.arguments import check_count
 
 WHAT = ("ignore", "prune_outputs", "include_linear", "granularity")  # decide what has masks
@@ -44,8 +45,8 @@ class PruningCallback(Callback):
         verbose: 0 for silence, 1 for a line after each step, 2 for the table.
         module: path of the part of the module to prune, such as "model"; by default all of it.
         example_inputs: as for `prune`; by default the module's `example_input_array`.
-        calibration_batches: how many batches of the training loader `method="relevance"` sees; for
-            that method only.
+        calibration_batches: how many batches of the training loader `method="relevance"` sees, or
+            another method with `norm="share"`; for these only.
         **options: any other keyword argument of `prune`.
 
     Attributes:
@@ -85,7 +86,8 @@ class PruningCallback(Callback):
         check(nn.Identity(), ratio, **_without_layers(options), **flags)
         check_count("calibration_batches", calibration_batches, 0)
         method = options.get("method", "lean")
-        if calibration_batches and method != "relevance":
+        order = METHODS[method].norm or options.get("norm")
+        if calibration_batches and order != SHARE:
             raise ArgumentError(
                 f"calibration_batches is {calibration_batches}, and method is {method!r}, which "
                 "looks at no data. Pass method='relevance', or leave it out."

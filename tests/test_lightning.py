@@ -182,6 +182,12 @@ def test_processes_whose_masks_do_not_come_back_are_refused(strategy):
     assert list(masked(module))
 
 
+def test_any_method_with_lengths_from_data_sees_batches(tmp_path):
+    callback = PruningCallback(0.5, 1, method="path", norm="share", calibration_batches=2)
+    fit(callback, tmp_path, 1)
+    assert [result.calibration for result in callback.results] == ["batches"]
+
+
 def test_a_checkpoint_gives_its_masks_to_a_newly_built_network(tmp_path):
     callback = PruningCallback(0.5, 1, module="model", method="l1")
     module, trainer = fit(callback, tmp_path, 1)
