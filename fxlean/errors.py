@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from torch import Tensor
@@ -38,6 +38,14 @@ def some(names: Sequence[str]) -> str:
     """The first of some names, and how many more there are; for messages."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def by_reason(skipped: Mapping[str, str]) -> list[str]:
+    """One line for each reason, with the layers that were left alone for it."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        layers.setdefault(reason, []).append(name)
+    return [f"{some(names)}: {reason}" for reason, names in layers.items()]
 
 
 def shown(value: object) -> str:

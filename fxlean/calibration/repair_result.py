@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import some
+from ..errors import by_reason
 from ..pictures import html_table
 from .corrections import LayerError
 
@@ -66,11 +66,8 @@ class RepairResult:
 
     def _notes(self) -> list[str]:
         """What is below the table."""
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(name)
         return [
             f"relative errors on {self.held:,} held-out samples, repaired on {self.samples:,} "
             f"({self.seconds:.2f} s)",
-            *(f"skipped: {some(names)}: {reason}" for reason, names in reasons.items()),
+            *(f"skipped: {line}" for line in by_reason(self.skipped)),
         ]

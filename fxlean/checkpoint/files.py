@@ -68,25 +68,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             tensors |= packed(name, tensor, masks[name])
         else:
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    header = {
-        "format": FORMAT,
-        "fxlean": __version__,
-        "torch": str(torch.__version__),
-        "model": type(model).__name__,
-        "shapes": dense_shapes(model),
-        "forms": forms(model),
-        "masked": {name: list(mask.shape) for name, mask in masks.items()},
-        "same": same,
-        "callers": [
-            [place, hook.path]
-            for place, module in model.named_modules()
-            for hook in module._forward_pre_hooks.values()
-            if isinstance(hook, RefreshMasks)
-        ],
-    }
     draft = Path(f"{os.fspath(path)}.part")
     try:
-        save_file(tensors, draft, {"format": "pt", KEY: json.dumps(header)})
+        save_file(tensors, draft, {"format": "pt", KEY: json.dumps(_header(model, masks, same))})
         draft.replace(path)
     except SafetensorError as err:
         raise OSError(f"{os.fspath(path)} cannot be written: {first_line(err)}") from err
@@ -123,6 +107,28 @@ def load(model: Model, source: str | os.PathLike[str] | Mapping[str, Tensor]) ->
         put_masks(target, saved.masks, saved.callers)
         fill(target, saved.tensors, saved.same)
     return model
+
+
+def _header(
+    model: nn.Module, masks: Mapping[str, Tensor], same: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a file says of a network besides its tensors, as plain data."""
+    return {
+        "format": FORMAT,
+        "fxlean": __version__,
+        "torch": str(torch.__version__),
+        "model": type(model).__name__,
+        "shapes": dense_shapes(model),
+        "forms": forms(model),
+        "masked": {name: list(mask.shape) for name, mask in masks.items()},
+        "same": same,
+        "callers": [
+            [place, hook.path]
+            for place, module in model.named_modules()
+            for hook in module._forward_pre_hooks.values()
+            if isinstance(hook, RefreshMasks)
+        ],
+    }
 
 
 def _equal(left: Tensor | None, right: Tensor | None) -> bool:

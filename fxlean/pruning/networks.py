@@ -14,7 +14,7 @@ from ..calibration.batches import example_and_batches
 from ..calibration.shares import shares_of
 from ..channels.graph import ChannelGraph
 from ..channels.walk import Wired, wire
-from ..errors import ArgumentError
+from ..errors import ArgumentError, by_reason
 from ..selection.methods import SHARE
 from ..tracing.arguments import resolve_ignored, unwrapped
 from ..tracing.inputs import Arguments
@@ -23,7 +23,6 @@ from ..tracing.tracer import Trace, trace_model
 from .lengths import with_norms
 from .options import check
 from .prunable import LINEAR, OUTPUT, Network, find_prunable
-from .result import by_reason
 
 
 def trace(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..calibration.repair_result import RepairResult
 from ..costs import COUNTS
-from ..errors import some
+from ..errors import by_reason
 from ..pictures import bars, html_table
 
 
@@ -129,14 +129,6 @@ class PruneResult:
 
 def _row(name: str, kept: int, total: int, width: int) -> str:
     return f"{name:<{width}}  {kept:>10,}  {total:>10,}  {kept / total:>7.2%}"
-
-
-def by_reason(skipped: Mapping[str, str]) -> list[str]:
-    """One line for each reason, with the layers that were left alone for it."""
-    layers: dict[str, list[str]] = {}
-    for name, reason in skipped.items():
-        layers.setdefault(reason, []).append(name)
-    return [f"{some(names)}: {reason}" for reason, names in layers.items()]
 
 
 def times(count: int) -> str:

@@ -106,6 +106,12 @@ def shrink(
 
 def _split(batches: Sequence[Arguments]) -> tuple[list[Arguments], list[Arguments]]:
     """Batches to calibrate on, and those held out: an eighth of each, or of single samples."""
+    samples = sum(map(batch_size, batches))
+    if samples < 3:
+        raise ArgumentError(
+            f"batches hold {samples} sample{'s' * (samples > 1)}. Pass at least three, better some "
+            "hundred: a part is held out."
+        )
     data, held = [], []
     # One sample alone has no variance that its error could be relative to.
     every = min(HELD, max(2, len(batches) // 2))
@@ -117,12 +123,6 @@ def _split(batches: Sequence[Arguments]) -> tuple[list[Arguments], list[Argument
             held.append(_samples(batch, size, slice(first, size)))
         else:
             (held if number % every == every - 1 and every > 1 else data).append(batch)
-    samples = sum(map(batch_size, batches))
-    if samples < 3:
-        raise ArgumentError(
-            f"batches hold {samples} sample{'s' * (samples > 1)}. Pass at least three, better some "
-            "hundred: a part is held out."
-        )
     return data, held
 
 

@@ -14,13 +14,12 @@ from torch import nn
 
 from ..channels.graph import ChannelGraph
 from ..costs import LayerCost
-from ..errors import ArgumentError
+from ..errors import ArgumentError, by_reason
 from ..selection.channels import Costs, removal_order
 from ..selection.methods import Method
 from ..tracing.arguments import resolve_ignored
 from .channels import Channels, Flags
 from .prunable import Network
-from .result import by_reason
 
 COUNTED = ("kernels", "parameters", "macs")
 CLOSE = 0.005  # a measured target is met within this fraction of it

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune as torch_prune
@@ -318,6 +318,24 @@ def test_files_that_are_none_of_ours(tmp_path):
         fxlean.load(net(), tmp_path / "nothing")
     torch.save(net(), tmp_path / "whole")
     refused(net(), tmp_path / "whole", r"of a whole model .*weights_only=False\)\.state_dict\(\)")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*none\. Make it"):
+        fxlean.save(net(), tmp_path / "none" / "model")
+    with pytest.raises(IsADirectoryError, match="Pass the path of a file in it"):
+        fxlean.save(net(), tmp_path)
+
+
+def test_places_that_are_none(tmp_path, monkeypatch):
+    for place in (None, io.BytesIO()):
+        with pytest.raises(fxlean.ArgumentError, match=r"path is a .*Pass the path of a file"):
+            fxlean.save(net(), place)
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("fxlean.checkpoint.files.save_file", full)
+    with pytest.raises(OSError, match=r"model cannot be written: .*No space left"):
+        fxlean.save(net(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("compacted", [False, True])
@@ -351,10 +369,6 @@ def test_masks_that_are_none(tmp_path):
     with pytest.raises(fxlean.ArgumentError, match=r"1\.weight_mask holds other numbers"):
         fxlean.save(model, tmp_path / "model")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(FileNotFoundError, match=r"no folder .*none\. Make it"):
-        fxlean.save(net(), tmp_path / "none" / "model")
-    with pytest.raises(IsADirectoryError, match="Pass the path of a file in it"):
-        fxlean.save(net(), tmp_path)
 
 
 def test_state_that_is_no_tensor_is_refused(tmp_path):
