@@ -7,9 +7,9 @@ to every ratio without a label or a training step. Measurements go to `benchmark
 by one, so that an interrupted run goes on where it stopped; from it come the figure in
 `docs/images` and the tables of `docs/results.md`, between the marks there (`--publish` alone makes
 these). Stages: `once` is pruning, batch norm statistics measured anew, and one repair; `rounds` are
-rounds of both, with distillation after them for relevance; `noise` is rounds on noise in place of
-images; `counts` are fewer and more rounds, and `tuned` is fine-tuning with labels, neither by
-default.
+rounds of both; `distilled` is distillation after them where little is left; `noise` is rounds of
+relevance on noise in place of images; `counts` are fewer and more rounds, and `tuned` is
+fine-tuning with labels, neither by default.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from fxlean.calibration.repair_model import repair_towards
 
 METHODS = ("relevance", "path", "lean", "l1", "random")
 RATIOS = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
-FEW = (0.5, 0.3, 0.2, 0.1, 0.05)  # what rounds of relevance are asked for, and those on noise
-LITTLE = (0.2, 0.1, 0.05)  # what is distilled, and what rounds of other methods are asked for
+LITTLE = (0.2, 0.1, 0.05)  # what is distilled
 ROUNDS = 4
 COUNTS = (2, 8)  # of rounds, beside these
 STEPS = 200  # of distillation
@@ -37,6 +36,7 @@ EPOCHS = (1, 3, 10)  # of fine-tuning
 LAST = {  # column of every stage
     "once": "repaired",
     "rounds": "rounds",
+    "distilled": "distilled",
     "noise": "rounds on noise",
     "counts": f"{COUNTS[-1]} rounds",
     "tuned": f"rounds, {EPOCHS[-1]} epochs",
@@ -49,12 +49,12 @@ def cases(stages: Sequence[str]) -> Iterator[Case]:
     for stage in stages:
         for method in METHODS:
             for ratio in RATIOS:
-                relevant = method == "relevance"
                 if {
                     "once": True,
-                    "rounds": ratio in (FEW if relevant else LITTLE) and method != "random",
-                    "noise": relevant and ratio in FEW,
-                    "counts": relevant and ratio == 0.1,
+                    "rounds": True,
+                    "distilled": ratio in LITTLE,
+                    "noise": method == "relevance",
+                    "counts": method == "relevance" and ratio == 0.1,
                     "tuned": method in ("relevance", "lean", "l1") and ratio == 0.1,
                 }[stage]:
                     yield stage, method, ratio
@@ -74,9 +74,10 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
     elif stage == "rounds":
         list(fxlean.iterate(model, ratio, ROUNDS, repair=True, **options))
         yield "rounds", task.accuracy(model)
-        if method == "relevance" and ratio in LITTLE:
-            fxlean.distill(model, task.batches, task.model, STEPS, progress=False)
-            yield "distilled", task.accuracy(model)
+    elif stage == "distilled":
+        list(fxlean.iterate(model, ratio, ROUNDS, repair=True, **options))
+        fxlean.distill(model, task.batches, task.model, STEPS, progress=False)
+        yield "distilled", task.accuracy(model)
     elif stage == "noise":
         example = task.batches[0][:1]
         options["calibration"] = None
@@ -101,7 +102,7 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
 
 def main() -> None:
     """Measure what is missing, then publish."""
-    options = parser(__doc__, list(NETWORKS), list(LAST), list(LAST)[:3]).parse_args()
+    options = parser(__doc__, list(NETWORKS), list(LAST), list(LAST)[:4]).parse_args()
     found = run(options, list(cases(options.stages)), LAST, measure, MEASURED)
     publish(found, METHODS, RATIOS)
 

@@ -40,6 +40,15 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things; for messages.
+
+    >>> counted(1, "sample"), counted(1600, "sample")
+    ('1 sample', '1,600 samples')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def by_reason(skipped: Mapping[str, str]) -> list[str]:
     """One line for each reason, with the layers that were left alone for it."""
     layers: dict[str, list[str]] = {}

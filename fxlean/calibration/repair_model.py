@@ -131,18 +131,25 @@ def repair_towards(
 def held_out(sizes: Sequence[int]) -> list[float]:
     """The fraction of every batch that is held out: a quarter, or each fourth of single samples.
 
+    Two samples at least, of four or more: one alone has no variance that errors could be relative
+    to.
+
     >>> held_out([8, 3])
     [0.25, 0.3333333333333333]
-    >>> held_out([1, 1])
-    [0.0, 1.0]
+    >>> held_out([4])
+    [0.5]
+    >>> held_out([1, 1, 1, 1])
+    [0.0, 1.0, 0.0, 1.0]
     """
-    if max(sizes) > 1:
-        return [max(1, size // HELD) / size if size > 1 else 0.0 for size in sizes]
+    divisible = sum(size > 1 for size in sizes)
+    if divisible:
+        least = 2 if divisible == 1 else 1
+        return [max(min(least, size // 2), size // HELD) / size for size in sizes]
     if len(sizes) < 2:
         raise ArgumentError(
             "batches hold one sample. Pass at least two: one in four is held out to choose by."
         )
-    every = min(HELD, len(sizes))
+    every = min(HELD, max(2, len(sizes) // 2))
     return [float(number % every == every - 1) for number in range(len(sizes))]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import by_reason
+from ..errors import by_reason, counted
 from ..pictures import html_table
 from .corrections import LayerError
 
@@ -21,7 +21,8 @@ class RepairResult:
     Attributes:
         layers: each corrected layer's error with what the repaired layers before it feed it, before
             and after its own correction.
-        before, after: the error of the model's outputs without and with all corrections.
+        before, after: the error of the model's outputs without and with all corrections; infinite
+            where the reference gives one value only, as a classifier does for one sample.
         samples, held: number of samples that were solved for, and held out.
         skipped: layers that were left alone, and why.
         seconds: how long it took.
@@ -42,7 +43,7 @@ class RepairResult:
     def __repr__(self) -> str:
         return (
             f"RepairResult({len(self.layers)} layers; error of the outputs "
-            f"{self.before:.2g} -> {self.after:.2g} on {self.held:,} held-out samples)"
+            f"{self.before:.2g} -> {self.after:.2g} on {counted(self.held, 'held-out sample')})"
         )
 
     def _repr_html_(self) -> str:
@@ -67,7 +68,7 @@ class RepairResult:
     def _notes(self) -> list[str]:
         """What is below the table."""
         return [
-            f"relative errors on {self.held:,} held-out samples, repaired on {self.samples:,} "
-            f"({self.seconds:.2f} s)",
+            f"relative errors on {counted(self.held, 'held-out sample')}, "
+            f"repaired on {self.samples:,} ({self.seconds:.2f} s)",
             *(f"skipped: {line}" for line in by_reason(self.skipped)),
         ]

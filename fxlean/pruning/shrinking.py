@@ -17,7 +17,7 @@ from ..calibration.repair_model import batch_size, output_error, repair_towards
 from ..calibration.running import Known
 from ..compaction.attempts import compact
 from ..costs import report
-from ..errors import ArgumentError, shown
+from ..errors import ArgumentError, counted, shown
 from ..tracing.arguments import check_count, check_traceable, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
@@ -109,8 +109,8 @@ def _split(batches: Sequence[Arguments]) -> tuple[list[Arguments], list[Argument
     samples = sum(map(batch_size, batches))
     if samples < 3:
         raise ArgumentError(
-            f"batches hold {samples} sample{'s' * (samples > 1)}. Pass at least three, better some "
-            "hundred: a part is held out."
+            f"batches hold {counted(samples, 'sample')}. Pass at least three, better some hundred: "
+            "a part is held out."
         )
     data, held = [], []
     # One sample alone has no variance that its error could be relative to.

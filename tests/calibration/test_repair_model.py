@@ -121,6 +121,18 @@ def test_the_model_with_its_masks_off_is_the_default_reference():
     assert (given.before, given.after) == (default.before, default.after)
 
 
+@pytest.mark.parametrize("batches", [lambda x: x, lambda x: list(x.split(1))])
+def test_errors_on_four_samples_are_relative_to_the_variance_of_two(batches):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
+    x = torch.randn(4, 3, 6, 6)
+    pruned(model, 0.5, x)
+    result = fxlean.repair(model, batches(x))
+    assert (result.samples, result.held) == (2, 2)
+    assert result.after <= result.before < float("inf")
+    assert repr(result).endswith("on 2 held-out samples)")
+
+
 def changed_by_training(model, x):
     model(x).square().mean().backward()
     torch.optim.SGD([p for p in model.parameters() if p.grad is not None], 0.1).step()
