@@ -7,9 +7,9 @@ to every ratio without a label or a training step. Measurements go to `benchmark
 by one, so that an interrupted run goes on where it stopped; from it come the figure in
 `docs/images` and the tables of `docs/results.md`, between the marks there (`--publish` alone makes
 these). Stages: `once` is pruning, batch norm statistics measured anew, and one repair; `rounds` are
-rounds of both; `distilled` is distillation after them where little is left; `noise` is rounds of
-relevance on noise in place of images; `counts` are fewer and more rounds, and `tuned` is
-fine-tuning with labels, neither by default.
+rounds of both, and `distilled` the same where little is left, with distillation after them; `noise`
+is rounds of relevance on noise in place of images; `counts` are fewer and more rounds, and `tuned`
+is fine-tuning with labels, neither by default.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def cases(stages: Sequence[str]) -> Iterator[Case]:
             for ratio in RATIOS:
                 if {
                     "once": True,
-                    "rounds": True,
+                    "rounds": ratio not in LITTLE,
                     "distilled": ratio in LITTLE,
                     "noise": method == "relevance",
                     "counts": method == "relevance" and ratio == 0.1,
@@ -71,13 +71,12 @@ def measure(task: Task, stage: str, method: str, ratio: float) -> Iterator[tuple
         batches = [(batch,) for batch in task.batches]
         repair_towards(model, batches, task.model, task.known, progress=False)
         yield "repaired", task.accuracy(model)
-    elif stage == "rounds":
+    elif stage in ("rounds", "distilled"):
         list(fxlean.iterate(model, ratio, ROUNDS, repair=True, **options))
         yield "rounds", task.accuracy(model)
-    elif stage == "distilled":
-        list(fxlean.iterate(model, ratio, ROUNDS, repair=True, **options))
-        fxlean.distill(model, task.batches, task.model, STEPS, progress=False)
-        yield "distilled", task.accuracy(model)
+        if stage == "distilled":
+            fxlean.distill(model, task.batches, task.model, STEPS, progress=False)
+            yield "distilled", task.accuracy(model)
     elif stage == "noise":
         example = task.batches[0][:1]
         options["calibration"] = None

@@ -149,8 +149,13 @@ def held_out(sizes: Sequence[int]) -> list[float]:
         raise ArgumentError(
             "batches hold one sample. Pass at least two: one in four is held out to choose by."
         )
-    every = min(HELD, max(2, len(sizes) // 2))
+    every = spacing(len(sizes), HELD)
     return [float(number % every == every - 1) for number in range(len(sizes))]
+
+
+def spacing(samples: int, most: int) -> int:
+    """In how many single samples one is held out: `most`, or fewer where two would not be."""
+    return min(most, max(2, samples // 2))
 
 
 def _masks_off(model: nn.Module) -> nn.Module:

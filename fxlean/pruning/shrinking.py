@@ -13,7 +13,7 @@ from ..calibration.batches import example_and_batches
 from ..calibration.distillation import check_trainable
 from ..calibration.distillation import distill as distill_model
 from ..calibration.reference import outputs_of
-from ..calibration.repair_model import batch_size, output_error, repair_towards
+from ..calibration.repair_model import batch_size, output_error, repair_towards, spacing
 from ..calibration.running import Known
 from ..compaction.attempts import compact
 from ..costs import report
@@ -114,15 +114,15 @@ def _split(batches: Sequence[Arguments]) -> tuple[list[Arguments], list[Argument
         )
     data, held = [], []
     # One sample alone has no variance that its error could be relative to.
-    every = min(HELD, max(2, len(batches) // 2))
+    every = spacing(len(batches), HELD)
     for number, batch in enumerate(batches):
         size = batch_size(batch)
         if size > 1:
-            first = size - max(1, min(2, size // 2), size // HELD)
+            first = size - max(min(2, size // 2), size // HELD)
             data.append(_samples(batch, size, slice(0, first)))
             held.append(_samples(batch, size, slice(first, size)))
         else:
-            (held if number % every == every - 1 and every > 1 else data).append(batch)
+            (held if number % every == every - 1 else data).append(batch)
     return data, held
 
 
