@@ -35,22 +35,24 @@ class Channels:
         keep = self.network.graph.alive.copy()
         stays = np.append(~gone, True)
         for use, start, block in self._kernels():
-            columns = stays[use.columns]
-            if block.weight.columns is not None:
-                features = block.weight.columns.numpy()
-                columns = np.bincount(features, columns, minlength=block.columns) > 0
-            by_group = columns.reshape(use.groups, 1, block.columns)
-            kept = stays[use.rows].reshape(use.groups, -1, 1) & by_group
+            rows, columns = _ends(use, block)
+            kept = stays[rows] & stays[columns]
             keep[start : start + kept.size] &= kept.reshape(-1)
         return keep
 
     def scores(self, kernels: NDArray[np.floating], together: np.ufunc) -> NDArray[np.float64]:
-        """The score of every unit, from those of the kernels that write it."""
+        """The score of every unit, from those of the kernels that write it.
+
+        Kernels from a unit to itself, as of a depthwise convolution, pass on what others write, and
+        are not counted again.
+        """
         scores = np.zeros(self.units.count + 1)
         for use, start, block in self._kernels():
+            rows, columns = _ends(use, block)
             own = kernels[start : start + block.rows * block.columns].astype(np.float64)
+            outer = np.where(rows == columns, 0.0, own.reshape(columns.shape[0], -1, block.columns))
             if use.number == 0:
-                together.at(scores, use.rows, together.reduce(own.reshape(block.rows, -1), axis=1))
+                together.at(scores, use.rows, together.reduce(outer, axis=2).reshape(-1))
         return scores[:-1]
 
     def gone(self) -> Flags:
@@ -97,6 +99,16 @@ def find_channels(network: Network, units: Units) -> Channels:
             free[use.columns[~zero[_sources(network, use, block)]]] = False
     units = units.only(free[:-1])
     return replace(channels, units=units)
+
+
+def _ends(use: Use, block: Block) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The units that kernels write and read, shapes (groups, rows, 1) and (groups, 1, columns)."""
+    columns = use.columns
+    if block.weight.columns is not None:  # several features of a linear layer are of one channel
+        columns = np.full(block.columns, -1)
+        columns[block.weight.columns.numpy()] = use.columns
+    shape = (use.groups, -1, 1)
+    return use.rows.reshape(shape), columns.reshape(use.groups, 1, block.columns)
 
 
 def _blocks(network: Network, units: Units) -> tuple[Block | None, ...]:
