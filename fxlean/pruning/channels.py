@@ -43,8 +43,8 @@ class Channels:
     def scores(self, kernels: NDArray[np.floating], together: np.ufunc) -> NDArray[np.float64]:
         """The score of every unit, from those of the kernels that write it.
 
-        Kernels from a unit to itself, as of a depthwise convolution, pass on what others write, and
-        are not counted again.
+        Kernels from a unit to itself, as of a depthwise or grouped convolution, pass on what
+        others write, and are not counted again.
         """
         scores = np.zeros(self.units.count + 1)
         for use, start, block in self._kernels():
