@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..channels.wiring import Block
 from ..compaction.units import Units, Use
+from ..selection.takeover import Reading
 from .prunable import Network
 
 Flags = NDArray[np.bool_]
@@ -54,6 +55,37 @@ class Channels:
             if use.number == 0:
                 together.at(scores, use.rows, together.reduce(outer, axis=2).reshape(-1))
         return scores[:-1]
+
+    def readings(
+        self,
+        kernels: NDArray[np.floating],
+        scores: NDArray[np.float64],
+        overlaps: Mapping[int, NDArray[np.float64]],
+    ) -> list[Reading]:
+        """What layers read of the units, where overlaps are known.
+
+        As much as the kernels say; layers that are not pruned share what then remains of `scores`.
+        """
+        found: dict[int, tuple[NDArray[np.int64], NDArray[np.float64] | None]] = {}
+        rest, times = np.append(scores, 0.0), np.zeros(len(scores) + 1)
+        for use, block in zip(self.units.uses, self.blocks, strict=True):
+            if block is None or block.first not in overlaps:
+                continue
+            rows, columns = (units[0] for units in _ends(use, block))
+            start = int(self.network.graph.kernel_start[block.first])
+            if start < 0:
+                found[block.first] = columns[0], None
+                np.add.at(times, columns[0], 1)
+                continue
+            own = kernels[start : start + block.rows * block.columns].astype(np.float64)
+            flow = np.where(rows == columns, 0.0, own.reshape(block.rows, -1)).sum(axis=0)
+            found[block.first] = columns[0], flow
+            np.subtract.at(rest, columns[0], flow)
+        rest = np.maximum(rest, 0) / np.maximum(times, 1)
+        return [
+            Reading(units, rest[units] if flow is None else flow, overlaps[first])
+            for first, (units, flow) in found.items()
+        ]
 
     def gone(self) -> Flags:
         """Units that earlier masks have removed: no kernel that writes them is alive, and used."""

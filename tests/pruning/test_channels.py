@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fxlean
+from fxlean.calibration.shares import shares_of
 from fxlean.channels.walk import wire
 from fxlean.compaction.units import units_of
 from fxlean.nn import Selected
@@ -274,3 +275,43 @@ def test_a_depthwise_convolution_that_changes_nothing_changes_no_score(method):
     with_depthwise = unit_scores(nn.Sequential(first, same, nn.ReLU(), last), x, method)
     assert plain.shape == (8,)
     np.testing.assert_allclose(with_depthwise, plain, rtol=1e-5)
+
+
+def with_twins():
+    """A network whose channels 0 and 1 are the same, and read the most; and batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter[1] = parameter[0]
+        model[2].weight[:, :2] *= 10
+    return model, torch.randn(32, 3, 8, 8)
+
+
+def test_of_two_channels_that_are_the_same_one_goes_first_and_repair_loses_nothing():
+    model, x = with_twins()
+    expected = model(x)
+    options = {"method": "relevance", "granularity": "channel", "calibration": x}
+    fxlean.prune(model, 0.9, x[:1], **options)
+    assert (model[0].weight_mask.flatten(1).any(1)[:2].sum(), model[0].weight_mask[2:].min()) == (
+        1,
+        1,
+    )
+    assert fxlean.repair(model, x, steps=40).after < 1e-3
+    torch.testing.assert_close(fxlean.compact(model, x[:1])(x), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_overlaps_are_the_correlations_of_what_a_layer_reads(features):
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh())
+    last = nn.Sequential(nn.Flatten(), nn.Linear(5 * 4, 2)) if features else nn.Conv2d(5, 2, 1)
+    model, x = nn.Sequential(first, last, nn.Tanh()).eval(), torch.randn(16, 3, 4, 4)
+    trace = trace_model(model, (x[:4],))
+    wired = wire(model, trace)
+    network = network_of(model, wired, [], True, True)
+    overlaps = {}
+    batches = [(batch,) for batch in x.split(4)]
+    shares_of(model, network.graph, trace, wired, batches, overlaps)
+    expected = np.corrcoef(first(x).detach().transpose(0, 1).flatten(1).numpy())
+    np.testing.assert_allclose(overlaps[wired.wiring.blocks[-1].first], expected, atol=1e-5)
