@@ -27,10 +27,11 @@ norms: suprema operator
 channels: graph flow calls weights builder wiring site
 channels.rules: movements positions weighted table
 channels: walk
-calibration: moments contributions noise batches running shares elements systems least_squares
-calibration: side_by_side corrections norm_corrections reference repair_result repair_model
-calibration: statistics distillation
+calibration: moments contributions overlaps noise batches running shares elements systems
+calibration: least_squares side_by_side corrections norm_corrections reference repair_result
+calibration: repair_model statistics distillation
 selection: jit rows ranking liveness chains paths relevance methods channels
+selection: takeover
 costs
 checkpoint: layout
 compaction: slots solve cut plan rules walk fold

@@ -125,10 +125,9 @@ class Contributions:
     def _add_sampled(self, view: Tensor, axes: int) -> None:
         """Apply the kernels at random positions, or at all where there are few."""
         places = (view.shape[0], *view.shape[2 : view.dim() - axes])
-        chosen = torch.randperm(prod(places), generator=self._generator)[:POSITIONS]
-        index = [i.to(view.device) for i in torch.unravel_index(chosen, places)]
+        index = some_places(places, self._generator, view.device)
         at_once = max(1, ELEMENTS // max(1, self._kernels[..., 0].numel()))
-        for number in range(0, len(chosen), at_once):
+        for number in range(0, len(index[0]), at_once):
             where = [i[number : number + at_once] for i in index]
             seen = view.movedim(1, len(places))[tuple(where)]  # (positions, channels, *size)
             results = self._kernels @ seen.flatten(2).permute(1, 2, 0)
@@ -147,6 +146,14 @@ class Contributions:
             found = torch.cat([((k.double() @ r) * k).sum(-1) for k, r in pairs])
         found = found.reshape(self._groups, -1, rows).transpose(1, 2)
         return found.reshape(self._groups * rows, -1).clamp(min=0)
+
+
+def some_places(
+    sizes: Sequence[int], generator: torch.Generator, device: torch.device
+) -> list[Tensor]:
+    """Indices of `POSITIONS` random places in a tensor of some sizes, or of all of fewer."""
+    chosen = torch.randperm(prod(sizes), generator=generator)[:POSITIONS]
+    return [index.to(device) for index in torch.unravel_index(chosen, tuple(sizes))]
 
 
 def feature_table(columns: Tensor) -> Tensor:

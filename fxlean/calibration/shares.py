@@ -7,7 +7,7 @@ operand of a product gets all, and what has one source passes it on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from ..tracing.sandbox import same_random_states
 from ..tracing.tracer import Trace
 from .contributions import Contributions
 from .moments import Moments
+from .overlaps import Overlap
 from .running import Known, Running, remember_trace, traced
 
 aten = torch.ops.aten
@@ -38,6 +39,7 @@ def shares_of(
     trace: Trace,
     wired: Wired,
     batches: Iterable[Arguments],
+    overlaps: dict[int, NDArray[np.float64]] | None = None,
 ) -> NDArray[np.float32]:
     """The share of every edge, in the layout of `graph.lengths`.
 
@@ -48,6 +50,8 @@ def shares_of(
         wired: where the graph came from.
         batches: positional arguments of the model, one tuple a batch. In a process group, those of
             all ranks count, and every rank must call it.
+        overlaps: takes the correlations of what each application of a layer without groups reads,
+            by its first channel; None if they are not wanted.
 
     Returns:
         Between 0 and 1; 0 into a channel that does not vary, and along pruned kernels.
@@ -57,7 +61,9 @@ def shares_of(
             graph than the example inputs.
     """
     _check_weights(wired.wiring.blocks)
-    measured = _Measured(graph, wired.wiring.blocks)
+    blocks = wired.wiring.blocks if overlaps is not None else ()
+    shared = {block.first: Overlap(block.weight) for block in blocks if block.weight.groups == 1}
+    measured = _Measured(graph, wired.wiring.blocks, shared)
     known: Known = {}
     remember_trace(known, trace, wired)
     for batch in batches:
@@ -67,6 +73,8 @@ def shares_of(
             for piece, walked in zip(found.pieces, own.walks, strict=True):
                 measured.add(Running(model, piece, piece.inputs or tensors_in(batch)), walked)
     measured.reduce()
+    if overlaps is not None:
+        overlaps |= {first: overlap.correlations() for first, overlap in shared.items()}
     shares = np.ones_like(graph.lengths)
     for block in wired.wiring.blocks:
         variances = measured.contributions[block.first].variances().cpu().numpy()
@@ -128,11 +136,15 @@ class _Measured:
 
     Attributes:
         contributions: of each application of a weight, by its first channel.
+        overlaps: of some of them.
         divided: which channels divide what they get among several sources of fixed edges.
         joins: by the first channel that a call makes: its channels, and what it reads.
     """
 
-    def __init__(self, graph: ChannelGraph, blocks: Sequence[Block]) -> None:
+    def __init__(
+        self, graph: ChannelGraph, blocks: Sequence[Block], overlaps: Mapping[int, Overlap]
+    ) -> None:
+        self.overlaps = overlaps
         self.contributions = {block.first: Contributions(block.weight) for block in blocks}
         self.divided = (graph.sizes > 1) & (graph.kinds != Kind.PRODUCT)
         for block in blocks:
@@ -144,7 +156,10 @@ class _Measured:
         for node in running.nodes:
             made = walked.made.get(node, range(0))
             for first in self.contributions.keys() & made:
-                self.contributions[first].add(running.value(data_of(node)), node)
+                value = running.value(data_of(node))
+                self.contributions[first].add(value, node)
+                if first in self.overlaps:
+                    self.overlaps[first].add(value)
             if self.divided[made.start : made.stop].any():
                 self._look(node, made, running, walked)
             running.step(node)
@@ -167,6 +182,8 @@ class _Measured:
         """Take in what the other ranks have seen."""
         for contributions in self.contributions.values():
             contributions.moments.reduce()
+        for overlap in self.overlaps.values():
+            overlap.moments.reduce()
         for _, operands in self.joins.values():
             for operand in operands:
                 operand.moments.reduce()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..channels.wiring import Block
 from ..compaction.units import Units, Use
+from ..selection.takeover import Reading
 from .prunable import Network
 
 Flags = NDArray[np.bool_]
@@ -35,23 +36,56 @@ class Channels:
         keep = self.network.graph.alive.copy()
         stays = np.append(~gone, True)
         for use, start, block in self._kernels():
-            columns = stays[use.columns]
-            if block.weight.columns is not None:
-                features = block.weight.columns.numpy()
-                columns = np.bincount(features, columns, minlength=block.columns) > 0
-            by_group = columns.reshape(use.groups, 1, block.columns)
-            kept = stays[use.rows].reshape(use.groups, -1, 1) & by_group
+            rows, columns = _ends(use, block)
+            kept = stays[rows] & stays[columns]
             keep[start : start + kept.size] &= kept.reshape(-1)
         return keep
 
     def scores(self, kernels: NDArray[np.floating], together: np.ufunc) -> NDArray[np.float64]:
-        """The score of every unit, from those of the kernels that write it."""
+        """The score of every unit, from those of the kernels that write it.
+
+        Kernels from a unit to itself, as of a depthwise or grouped convolution, pass on what
+        others write, and are not counted again.
+        """
         scores = np.zeros(self.units.count + 1)
         for use, start, block in self._kernels():
+            rows, columns = _ends(use, block)
             own = kernels[start : start + block.rows * block.columns].astype(np.float64)
+            outer = np.where(rows == columns, 0.0, own.reshape(columns.shape[0], -1, block.columns))
             if use.number == 0:
-                together.at(scores, use.rows, together.reduce(own.reshape(block.rows, -1), axis=1))
+                together.at(scores, use.rows, together.reduce(outer, axis=2).reshape(-1))
         return scores[:-1]
+
+    def readings(
+        self,
+        kernels: NDArray[np.floating],
+        scores: NDArray[np.float64],
+        overlaps: Mapping[int, NDArray[np.float64]],
+    ) -> list[Reading]:
+        """What layers read of the units, where overlaps are known.
+
+        As much as the kernels say; layers that are not pruned share what then remains of `scores`.
+        """
+        found: dict[int, tuple[NDArray[np.int64], NDArray[np.float64] | None]] = {}
+        rest, times = np.append(scores, 0.0), np.zeros(len(scores) + 1)
+        for use, block in zip(self.units.uses, self.blocks, strict=True):
+            if block is None or block.first not in overlaps:
+                continue
+            rows, columns = (units[0] for units in _ends(use, block))
+            start = int(self.network.graph.kernel_start[block.first])
+            if start < 0:
+                found[block.first] = columns[0], None
+                np.add.at(times, columns[0], 1)
+                continue
+            own = kernels[start : start + block.rows * block.columns].astype(np.float64)
+            flow = np.where(rows == columns, 0.0, own.reshape(block.rows, -1)).sum(axis=0)
+            found[block.first] = columns[0], flow
+            np.subtract.at(rest, columns[0], flow)
+        rest = np.maximum(rest, 0) / np.maximum(times, 1)
+        return [
+            Reading(units, rest[units] if flow is None else flow, overlaps[first])
+            for first, (units, flow) in found.items()
+        ]
 
     def gone(self) -> Flags:
         """Units that earlier masks have removed: no kernel that writes them is alive, and used."""
@@ -97,6 +131,16 @@ def find_channels(network: Network, units: Units) -> Channels:
             free[use.columns[~zero[_sources(network, use, block)]]] = False
     units = units.only(free[:-1])
     return replace(channels, units=units)
+
+
+def _ends(use: Use, block: Block) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The units that kernels write and read, shapes (groups, rows, 1) and (groups, 1, columns)."""
+    columns = use.columns
+    if block.weight.columns is not None:  # several features of a linear layer are of one channel
+        columns = np.full(block.columns, -1)
+        columns[block.weight.columns.numpy()] = use.columns
+    shape = (use.groups, -1, 1)
+    return use.rows.reshape(shape), columns.reshape(use.groups, 1, block.columns)
 
 
 def _blocks(network: Network, units: Units) -> tuple[Block | None, ...]:

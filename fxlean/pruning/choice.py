@@ -13,6 +13,7 @@ from ..compaction.attempts import compact
 from ..compaction.units import cut, units_of
 from ..costs import layer_costs
 from ..masking import remove_masks
+from ..selection.takeover import own_scores
 from ..tracing.sandbox import copied
 from ..tracing.tracer import Trace
 from .channels import Channels, Flags, find_channels
@@ -64,7 +65,9 @@ def choose_channels(model: nn.Module, trace: Trace, problem: Problem) -> Choice:
     """Whole channels; the arguments are those of `choose_kernels`."""
     channels, target = find_channels(problem.network, units_of(model, trace)), problem.target
     together = np.maximum if problem.method.chains else np.add
-    scores = channels.scores(problem.scores(), together)
+    kernels = problem.scores()
+    scores = channels.scores(kernels, together)
+    scores = own_scores(scores, channels.readings(kernels, scores, problem.overlaps))
     totals = {
         "kernels": problem.network.graph.num_kernels,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..calibration.batches import example_and_batches
@@ -75,11 +77,13 @@ def with_lengths(
     order: str,
     *,
     gains: bool,
+    overlaps: dict[int, NDArray[np.float64]] | None = None,
 ) -> ChannelGraph:
     """The graph with lengths of an order: norms of kernels, or shares on batches."""
     if order != SHARE:
         return with_norms(network, order, gains=gains)
-    return network.graph.with_lengths(shares_of(model, network.graph, trace, wired, batches))
+    shares = shares_of(model, network.graph, trace, wired, batches, overlaps)
+    return network.graph.with_lengths(shares)
 
 
 @on_cpu()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..calibration.reference import fingerprint, is_unpruned, remember
@@ -135,13 +136,19 @@ def prune(
         wired = wire(model, trace)
         network = network_of(model, wired, ignore, prune_outputs, linear)
         stages.start("norms")
-        graph = with_lengths(model, trace, wired, network, batches, order, gains=chosen.gains)
+        overlaps: dict[int, NDArray[np.float64]] = {}
+        graph = with_lengths(
+            *(model, trace, wired, network, batches, order),
+            gains=chosen.gains,
+            overlaps=overlaps if by_channel and chosen.norm == SHARE else None,
+        )
         check_finite(model, network.used)
         stages.start("select")
         names = [layer.name for layer in graph.layers]
         measured = latency_on(trace.arguments) if of == LATENCY else of
         target = Target(float(ratio), measured, least_of(model, at_least, names), round_to)
-        problem = Problem(replace(network, graph=graph), chosen, _generator(method), target)
+        found = replace(network, graph=graph)
+        problem = Problem(found, chosen, _generator(method), target, overlaps)
         choice = (choose_channels if by_channel else choose_kernels)(model, trace, problem)
         keep, selected = choice.keep, int(choice.keep.sum())
         del problem  # its lengths are as large as the model

@@ -65,12 +65,14 @@ class Problem:
         method: how to choose.
         generator: for a method that draws.
         target: what is to be left.
+        overlaps: of what layers read, see `shares_of`; empty if the method does not ask data.
     """
 
     network: Network
     method: Method
     generator: np.random.Generator
     target: Target
+    overlaps: Mapping[int, NDArray[np.float64]]
 
     def select(self, budget: int) -> tuple[Flags, int]:
         """Kernels to keep, and the number of chains."""

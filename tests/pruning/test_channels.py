@@ -1,7 +1,9 @@
 """Whole channels and targets: what was promised is what `compact` leaves."""
 
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +12,14 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fxlean
+from fxlean.calibration.shares import shares_of
+from fxlean.channels.walk import wire
+from fxlean.compaction.units import units_of
 from fxlean.nn import Selected
+from fxlean.pruning.channels import find_channels
+from fxlean.pruning.networks import example_and_data, network_of, with_lengths
 from fxlean.selection.methods import METHODS
+from fxlean.tracing.tracer import trace_model
 from tests.support.blocks import conv_bn, conv_bn_relu, residual
 from tests.support.strategies import networks
 from tests.support.zoo import ZOO, make
@@ -240,3 +248,70 @@ def test_bad_targets_are_refused(options, message):
     with pytest.raises(fxlean.ArgumentError, match=message):
         fxlean.prune(model, 0.5, X, **options)
     assert before.keys() == model.state_dict().keys()
+
+
+def unit_scores(model, x, method):
+    """What every unit is worth."""
+    trace = trace_model(model, (x,))
+    wired = wire(model, trace)
+    network = network_of(model, wired, [], False, True)
+    found = METHODS[method]
+    batches = example_and_data(model, (x,), found.norm or "spectral", x)[1]
+    lengths = (batches, found.norm or "spectral")
+    graph = with_lengths(model, trace, wired, network, *lengths, gains=found.gains)
+    channels = find_channels(replace(network, graph=graph), units_of(model, trace))
+    kernels = found.scores(graph, np.random.default_rng(0))
+    return channels.scores(kernels, np.maximum if found.chains else np.add)
+
+
+@pytest.mark.parametrize("method", ["relevance", "l1", "spectral", "path"])
+def test_a_depthwise_convolution_that_changes_nothing_changes_no_score(method):
+    torch.manual_seed(0)
+    same = nn.Conv2d(8, 8, 1, groups=8, bias=False)
+    nn.init.ones_(same.weight)
+    first, last = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 2, 3, bias=False)
+    x = torch.randn(4, 3, 8, 8)
+    plain = unit_scores(nn.Sequential(first, nn.ReLU(), last), x, method)
+    with_depthwise = unit_scores(nn.Sequential(first, same, nn.ReLU(), last), x, method)
+    assert plain.shape == (8,)
+    np.testing.assert_allclose(with_depthwise, plain, rtol=1e-5)
+
+
+def with_twins():
+    """A network whose channels 0 and 1 are the same, and read the most; and batches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter[1] = parameter[0]
+        model[2].weight[:, :2] *= 10
+    return model, torch.randn(32, 3, 8, 8)
+
+
+def test_of_two_channels_that_are_the_same_one_goes_first_and_repair_loses_nothing():
+    model, x = with_twins()
+    expected = model(x)
+    options = {"method": "relevance", "granularity": "channel", "calibration": x}
+    fxlean.prune(model, 0.9, x[:1], **options)
+    assert (model[0].weight_mask.flatten(1).any(1)[:2].sum(), model[0].weight_mask[2:].min()) == (
+        1,
+        1,
+    )
+    assert fxlean.repair(model, x, steps=40).after < 1e-3
+    torch.testing.assert_close(fxlean.compact(model, x[:1])(x), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_overlaps_are_the_correlations_of_what_a_layer_reads(features):
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Tanh())
+    last = nn.Sequential(nn.Flatten(), nn.Linear(5 * 4, 2)) if features else nn.Conv2d(5, 2, 1)
+    model, x = nn.Sequential(first, last, nn.Tanh()).eval(), torch.randn(16, 3, 4, 4)
+    trace = trace_model(model, (x[:4],))
+    wired = wire(model, trace)
+    network = network_of(model, wired, [], True, True)
+    overlaps = {}
+    batches = [(batch,) for batch in x.split(4)]
+    shares_of(model, network.graph, trace, wired, batches, overlaps)
+    expected = np.corrcoef(first(x).detach().transpose(0, 1).flatten(1).numpy())
+    np.testing.assert_allclose(overlaps[wired.wiring.blocks[-1].first], expected, atol=1e-5)
