@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .plan import choose_slots, layers_of
 from .rules import FOLLOW
 from .slots import Slots
 from .solve import solve
-from .verify import Check, inputs_to_compare, outputs
+from .verify import Check, outputs
 from .walk import slots_of
 
 
@@ -64,17 +65,17 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     remove_masks(bare)
     dense = bare
     trace = trace_model(bare, example_inputs)
-    inputs = inputs_to_compare(trace.arguments)
-    check = Check(model, bare, inputs)
+    check = Check(model, bare, trace.arguments)
     while True:
-        smaller, problems = _smallest(bare, trace, check)
+        boldest = cache(partial(slots_of, bare, trace, FOLLOW[0]))
+        smaller, problems = _smallest(bare, trace, boldest, check)
         if _grouped(smaller) >= _grouped(bare):
             if _size(smaller) == _size(dense):
-                _explain(dense, trace, problems)
+                _explain(bare, boldest(), problems)
             note_dense(dense, smaller)
             return smaller
         # Within its one group that is left, a layer can be cut further.
-        bare, trace = smaller, trace_model(smaller, inputs[0])
+        bare, trace = smaller, trace_model(smaller, check.arguments)
 
 
 def _grouped(model: nn.Module) -> int:
@@ -82,10 +83,12 @@ def _grouped(model: nn.Module) -> int:
     return sum(getattr(module, "groups", 1) > 1 for module in model.modules())
 
 
-def _smallest(bare: nn.Module, trace: Trace, check: Check) -> tuple[nn.Module, list[str]]:
+def _smallest(
+    bare: nn.Module, trace: Trace, boldest: Callable[[], Slots], check: Check
+) -> tuple[nn.Module, list[str]]:
     """The smallest candidate that computes the same, and what was wrong with smaller ones."""
     problems: list[str] = []
-    for attempt in _attempts(bare, trace, check.arguments):
+    for attempt in _attempts(bare, trace, boldest, check.arguments):
         problem = check.problem(attempt)
         if not problem:
             return attempt, problems
@@ -101,10 +104,9 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _explain(bare: nn.Module, trace: Trace, problems: list[str]) -> None:
+def _explain(bare: nn.Module, slots: Slots, problems: list[str]) -> None:
     """Say why a model with pruned kernels keeps its size."""
-    applications = slots_of(bare, trace, FOLLOW[0]).applications
-    name, dead = type(bare).__name__, sum(int(a.result.zero.sum()) for a in applications)
+    name, dead = type(bare).__name__, sum(int(a.result.zero.sum()) for a in slots.applications)
     if problems:
         reason = (
             f"for what was cut out of it does not compute the same: {problems[0]}. Where sizes are "
@@ -122,23 +124,27 @@ def _explain(bare: nn.Module, trace: Trace, problems: list[str]) -> None:
             "for every channel still carries something: pruning has taken single kernels, and all "
             "of no channel. Prune whole channels (granularity='channel'), or further."
         )
-    if problems or not all(bool(a.nonzero.all()) for a in applications):
+    if problems or not all(bool(a.nonzero.all()) for a in slots.applications):
         warn(f"{name} keeps its size, {reason}", CompactionWarning)
 
 
-def _attempts(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[nn.Module]:
+def _attempts(
+    bare: nn.Module, trace: Trace, boldest: Callable[[], Slots], arguments: Arguments
+) -> Iterator[nn.Module]:
     """Ever more careful candidates, down to the model without masks."""
     if is_frozen(bare):
         folded = copied(bare)
         if fold(folded, trace):
-            yield from _cut(folded, trace_model(folded, arguments), arguments)
-    yield from _cut(bare, trace, arguments)
+            retraced = trace_model(folded, arguments)
+            yield from _cut(folded, retraced, slots_of(folded, retraced, FOLLOW[0]), arguments)
+    yield from _cut(bare, trace, boldest(), arguments)
     yield bare
 
 
-def _cut(bare: nn.Module, trace: Trace, arguments: Arguments) -> Iterator[nn.Module]:
+def _cut(
+    bare: nn.Module, trace: Trace, boldest: Slots, arguments: Arguments
+) -> Iterator[nn.Module]:
     """Candidates with fewer channels, the smallest first."""
-    boldest = slots_of(bare, trace, FOLLOW[0])
     strangers = boldest.strangers
     if strangers:
         try:
@@ -164,9 +170,9 @@ def _rewritten(bare: nn.Module, arguments: Arguments) -> nn.Module:
     # Export takes a size of 1 for a constant, so it gets larger inputs where they are accepted.
     larger = replaced(arguments, _doubled)
     try:
-        check = Check(model, model, [larger])
+        check = Check(model, model, larger)
     except Exception:  # whatever the model raises at a size that it was not made for
-        larger, check = arguments, Check(model, model, [arguments])
+        larger, check = arguments, Check(model, model, arguments)
     with evaluating(model):
         result = rewritten(model, larger)
     problem = check.problem(result)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,38 +18,27 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, tor
 WIDER = 32  # what strides divide
 
 
-def inputs_to_compare(given: Arguments) -> list[Arguments]:
-    """The arguments on which outputs are compared: as given, and of random numbers."""
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(leaf: Tensor) -> Tensor:
-        if not leaf.is_floating_point():
-            return leaf
-        return torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
-
-    return [given, replaced(given, noise)]
-
-
 class Check:
     """What candidates are held against: the outputs of a model, and whether it can be trained."""
 
-    def __init__(self, masked: nn.Module, bare: nn.Module, inputs: Sequence[Arguments]) -> None:
-        """Run the model.
-
-        Args:
-            masked: the model.
-            bare: the same without masks.
-            inputs: arguments to run it on; the first are tried at another size as well.
+    def __init__(self, masked: nn.Module, bare: nn.Module, given: Arguments) -> None:
+        """Run the model on what is given and on noise, of another size where it accepts one.
 
         Raises whatever the model raises.
         """
-        self.arguments = inputs[0]
-        self._bare, self._inputs = bare, [*inputs]
-        self._expected = outputs(masked, inputs)
-        wider = replaced(inputs[0], _wider)
-        with contextlib.suppress(Exception):  # many models are made for one size
-            self._expected += outputs(masked, [wider])
-            self._inputs.append(wider)
+        self.arguments, self._bare = given, bare
+        self._inputs, self._expected = [given], outputs(masked, [given])
+        for wider in (WIDER, 0):
+            generator = torch.Generator().manual_seed(0)
+            noise = replaced(given, partial(_noise, generator=generator, wider=wider))
+            try:
+                self._expected += outputs(masked, [noise])
+            except Exception:  # many models are made for one size
+                if not wider:
+                    raise
+            else:
+                self._inputs.append(noise)
+                break
         self._trains: bool | None = None
 
     def problem(self, candidate: nn.Module) -> str:
@@ -76,12 +65,13 @@ class Check:
             return False
 
 
-def _wider(leaf: Tensor) -> Tensor:
+def _noise(leaf: Tensor, generator: torch.Generator, wider: int) -> Tensor:
     """Noise of the same shape but for the last dimension, which Python may look at."""
-    if leaf.dim() < 3 or not leaf.is_floating_point():
+    if not leaf.is_floating_point():
         return leaf
-    generator = torch.Generator().manual_seed(0)
-    shape = (*leaf.shape[:-1], leaf.shape[-1] + WIDER)
+    shape = [*leaf.shape]
+    if leaf.dim() >= 3:
+        shape[-1] += wider
     return torch.randn(shape, generator=generator, device="cpu").to(leaf)
 
 
