@@ -236,12 +236,12 @@ def channels() -> None:
         fxlean.prune(model, 0.5, x, method=method, granularity=granularity)
         return time.process_time() - before
 
-    print("| model | l1 | lean |\n|---|---|---|")
+    print("| model | l1 | lean | relevance |\n|---|---|---|---|")
     for name in ("resnet18", *BY_CHANNELS):  # what is compiled is, with the first
         torch.manual_seed(0)
         model = torchvision.models.get_model(name, weights=None).eval()
         cells = []
-        for method in ("l1", "lean"):
+        for method in ("l1", "lean", "relevance"):
             kernel, channel = (
                 min(spent(model, method, granularity) for _ in range(4))
                 for granularity in ("kernel", "channel")
