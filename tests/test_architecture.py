@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,26 @@ def test_no_star_imports_and_no_print(module):
             assert all(alias.name != "*" for alias in node.names)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print"
+
+
+def test_what_is_imported_later_is_where_type_checkers_find_it():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (checking,) = (node for node in tree.body if isinstance(node, ast.If))
+    found = {alias.name: node.module for node in checking.body for alias in node.names}
+    assert found == fxlean._LATER
+
+
+def test_a_fresh_import_has_all_public_names_and_imports_them_later():
+    code = (
+        "import sys, fxlean\n"
+        "assert 'fxlean.pruning' not in sys.modules\n"
+        "assert dir(fxlean) == fxlean.__all__\n"
+        "assert all(getattr(fxlean, name) for name in fxlean.__all__)\n"
+        "from fxlean.rules import pointwise\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="'prunes'"):
+        _ = fxlean.prunes
 
 
 def test_no_module_has_the_name_of_a_public_function():
