@@ -17,7 +17,7 @@ from ..masking import remove_masks
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
-from ..tracing.sandbox import copied, evaluating, on_cpu
+from ..tracing.sandbox import copied, evaluating, on_cpu, paused_collection
 from ..tracing.tracer import Trace, trace_model
 from .cut import count_groups, narrow_parameter, part_of, shrink
 from .exported.writer import rewritten
@@ -31,6 +31,7 @@ from .walk import slots_of
 
 
 @torch.inference_mode(False)
+@paused_collection()
 def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """An ordinary model that computes the same with only what pruning has left.
 

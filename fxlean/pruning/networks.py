@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from ..errors import ArgumentError, by_reason
 from ..selection.methods import SHARE
 from ..tracing.arguments import resolve_ignored, unwrapped
 from ..tracing.inputs import Arguments
-from ..tracing.sandbox import on_cpu
+from ..tracing.sandbox import on_cpu, paused_collection
 from ..tracing.tracer import Trace, trace_model
 from .lengths import with_norms
 from .options import check
@@ -114,15 +112,3 @@ def network_of(
             f"{type(model).__name__} has no convolution to prune ({reasons}). {advice}"
         )
     return network
-
-
-@contextmanager
-def paused_collection() -> Iterator[None]:
-    """No garbage collection: it would look at all objects of torch, again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

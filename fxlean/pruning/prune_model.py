@@ -17,11 +17,12 @@ from ..errors import PruneWarning, warn
 from ..ranks import agreed
 from ..selection.methods import METHODS, SHARE
 from ..tracing.arguments import check_finite, unwrapped
+from ..tracing.sandbox import paused_collection
 from ..tracing.tracer import trace_model
 from .choice import choose_channels, choose_kernels
 from .latency import latency_on
 from .masks import apply_masks, parameter_masks
-from .networks import example_and_data, network_of, paused_collection, with_lengths
+from .networks import example_and_data, network_of, with_lengths
 from .options import LATENCY, check
 from .progress import Stages
 from .prunable import Network

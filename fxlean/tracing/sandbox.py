@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import random
 import threading
@@ -156,6 +157,18 @@ def on_cpu() -> Iterator[None]:
     else:
         with torch.device("cpu"):
             yield
+
+
+@contextmanager
+def paused_collection() -> Iterator[None]:
+    """No garbage collection: it would look at all objects of torch, again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def copied(model: nn.Module) -> nn.Module:
