@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,23 +22,17 @@ class Check:
     """What candidates are held against: the outputs of a model, and whether it can be trained."""
 
     def __init__(self, masked: nn.Module, bare: nn.Module, given: Arguments) -> None:
-        """Run the model on what is given and on noise, of another size where it accepts one.
+        """Run the model on what is given, and on noise of that size and, if it can, of another.
 
         Raises whatever the model raises.
         """
         self.arguments, self._bare = given, bare
-        self._inputs, self._expected = [given], outputs(masked, [given])
-        for wider in (WIDER, 0):
-            generator = torch.Generator().manual_seed(0)
-            noise = replaced(given, partial(_noise, generator=generator, wider=wider))
-            try:
-                self._expected += outputs(masked, [noise])
-            except Exception:  # many models are made for one size
-                if not wider:
-                    raise
-            else:
-                self._inputs.append(noise)
-                break
+        self._inputs = [given, _noise(given)]
+        self._expected = outputs(masked, self._inputs)
+        wider = _noise(given, WIDER)
+        with contextlib.suppress(Exception):  # many models are made for one size
+            self._expected += outputs(masked, [wider])
+            self._inputs.append(wider)
         self._trains: bool | None = None
 
     def problem(self, candidate: nn.Module) -> str:
@@ -65,14 +59,20 @@ class Check:
             return False
 
 
-def _noise(leaf: Tensor, generator: torch.Generator, wider: int) -> Tensor:
-    """Noise of the same shape but for the last dimension, which Python may look at."""
-    if not leaf.is_floating_point():
-        return leaf
-    shape = [*leaf.shape]
-    if leaf.dim() >= 3:
-        shape[-1] += wider
-    return torch.randn(shape, generator=generator, device="cpu").to(leaf)
+def _noise(given: Arguments, wider: int = 0) -> Arguments:
+    """Noise in place of what is given, wider along the last dimension, which Python may look at."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
+            return leaf
+        shape = [*leaf.shape]
+        if leaf.dim() >= 3:
+            shape[-1] += wider
+        return torch.randn(shape, generator=generator, device="cpu").to(leaf)
+
+    result: Arguments = replaced(given, noise)
+    return result
 
 
 def _double(thing: Any) -> Any:
