@@ -21,8 +21,8 @@ errors
 pictures
 nn
 ranks
-masking
 tracing: leaves snapshot sandbox arguments inputs functions hooks rehearsal witness tracer
+masking
 norms: suprema operator
 channels: graph flow calls weights builder wiring site
 channels.rules: movements positions weighted table

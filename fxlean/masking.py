@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from .nn import RefreshMasks
+from .tracing.sandbox import copied
 
 
 def masked(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -59,6 +60,16 @@ def refresh_masks(model: nn.Module) -> None:
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, prune.BasePruningMethod):
                     hook(module, ())
+
+
+def without_masks(model: nn.Module, *, permanent: bool = True) -> nn.Module:
+    """A copy of a model with all masks taken off, see `remove_masks`."""
+    found = [(module, name) for _, module, name in masked(model)]
+    masks = [module._buffers[f"{name}_mask"] for module, name in found]
+    computed = [vars(module).get(name) for module, name in found]
+    result = copied(model, [*masks, *computed])  # what comes off need not be copied
+    remove_masks(result, permanent=permanent)
+    return result
 
 
 def remove_masks(model: nn.Module, *, permanent: bool = True) -> None:

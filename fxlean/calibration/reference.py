@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from ..masking import is_masked, masked, remove_masks
+from ..masking import is_masked, masked
 from ..tracing.arguments import check_model, public_name, unwrapped
 from ..tracing.inputs import Arguments, call
 from ..tracing.leaves import tensors_in
-from ..tracing.sandbox import copied, running
+from ..tracing.sandbox import running
 
 ATTRIBUTE = "_fxlean_unpruned"  # on a masked model: the fingerprint of what it was made of
 CHUNK = 2**22
@@ -62,13 +62,6 @@ def check_reference(model: nn.Module, reference: Any) -> None:
         raise ArgumentError(
             "reference is the model itself. Pass a copy of it from before it was pruned."
         )
-
-
-def without_masks(model: nn.Module) -> nn.Module:
-    """A copy of a model with all masks taken off, so that masked elements are what they were."""
-    result = copied(model)
-    remove_masks(result, permanent=False)
-    return result
 
 
 def outputs_of(model: nn.Module, batches: Iterable[Arguments]) -> list[list[Tensor]]:

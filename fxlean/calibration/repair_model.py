@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import ArgumentError
-from ..masking import is_masked, refresh_masks
+from ..masking import is_masked, refresh_masks, without_masks
 from ..ranks import alone, copy_first, summed
 from ..tracing.arguments import check_count, check_model, unwrapped
 from ..tracing.inputs import Arguments
@@ -31,7 +31,7 @@ from .corrections import (
 from .elements import SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
 from .norm_corrections import correct_norm, correct_scale, shared_scales
-from .reference import check_reference, is_unpruned, outputs_of, without_masks
+from .reference import check_reference, is_unpruned, outputs_of
 from .repair_result import RepairResult
 from .running import Known
 from .side_by_side import opened
@@ -170,7 +170,7 @@ def _masks_off(model: nn.Module) -> nn.Module:
             "fxlean, so with its masks off it need not be the unpruned network. Pass that as "
             "reference: reference = copy.deepcopy(model) before pruning."
         )
-    return without_masks(model)
+    return without_masks(model, permanent=False)
 
 
 @on_cpu()

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..checkpoint.layout import note_dense
 from ..errors import CompactionError, CompactionWarning, warn
-from ..masking import remove_masks
+from ..masking import without_masks
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
@@ -62,9 +62,7 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """
     check_model(model)
     model = unwrapped(model)
-    bare = copied(model)
-    remove_masks(bare)
-    dense = bare
+    dense = bare = without_masks(model)
     trace = trace_model(bare, example_inputs)
     check = Check(model, bare, trace.arguments)
     while True:
@@ -198,7 +196,7 @@ def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
     """
     layers = layers_of(slots)
     kept = solve(slots, pinned=True) if pinned else choose_slots(slots, layers)
-    result = copied(bare)
+    result = copied(bare, [*bare.parameters(), *bare.buffers()])
     for name, ((dim, channels), *_) in slots.parameters.items():
         narrow_parameter(result, name, dim, kept(channels))
     for name, (groups, channels) in slots.groups.items():

@@ -6,7 +6,6 @@ Without pins, `compact` removes it as soon as masks have removed what writes and
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..channels.calls import BatchNorm
-from ..masking import is_masked, remove_masks
+from ..masking import is_masked, without_masks
 from ..tracing.inputs import Arguments
 from ..tracing.sandbox import copied, on_cpu
 from ..tracing.tracer import Trace, trace_model
@@ -95,8 +94,7 @@ def units_of(model: nn.Module, trace: Trace) -> Units:
     """
     bare = model
     if is_masked(model):
-        bare = copied(model)
-        remove_masks(bare)
+        bare = without_masks(model)
         trace = trace_model(bare, trace.arguments)
     for follow in FOLLOW:
         slots = slots_of(bare, trace, follow)
@@ -187,7 +185,7 @@ def cut(bare: nn.Module, units: Units, gone: NDArray[np.bool_], arguments: Argum
         arguments: to run it on.
     """
     stays = np.append(~gone, True)
-    result = copy.deepcopy(bare, {id(t): t for t in (*bare.parameters(), *bare.buffers())})
+    result = copied(bare, [*bare.parameters(), *bare.buffers()])
     for use in units.uses:
         if use.number == 0:
             rows, columns = (torch.from_numpy(stays[side]) for side in (use.rows, use.columns))

@@ -22,17 +22,20 @@ class Check:
     """What candidates are held against: the outputs of a model, and whether it can be trained."""
 
     def __init__(self, masked: nn.Module, bare: nn.Module, given: Arguments) -> None:
-        """Run the model on what is given, and on noise of that size and, if it can, of another.
+        """Run the model on what is given, and on noise of another size if it can.
 
-        Raises whatever the model raises.
+        Noise of the size that was given follows where it cannot, or where what was given is
+        constant, as zeros are, and tells little. Raises whatever the model raises.
         """
         self.arguments, self._bare = given, bare
-        self._inputs = [given, _noise(given)]
-        self._expected = outputs(masked, self._inputs)
+        self._inputs, self._expected = [given], outputs(masked, [given])
         wider = _noise(given, WIDER)
         with contextlib.suppress(Exception):  # many models are made for one size
-            self._expected += outputs(masked, [wider])
+            self._expected += outputs(bare, [wider])
             self._inputs.append(wider)
+        if len(self._inputs) == 1 or _is_constant(given):
+            self._inputs.append(_noise(given))
+            self._expected += outputs(bare, self._inputs[-1:])
         self._trains: bool | None = None
 
     def problem(self, candidate: nn.Module) -> str:
@@ -57,6 +60,12 @@ class Check:
             return not difference(_double(copied(candidate)), wide, expected)
         except Exception:  # a model that has its type written into its code
             return False
+
+
+def _is_constant(given: Arguments) -> bool:
+    """Whether a tensor of what is given holds one number everywhere."""
+    tensors = [leaf for leaf in tensors_in(given) if leaf.is_floating_point()]
+    return any(bool((leaf == leaf.flatten()[:1]).all()) for leaf in tensors)
 
 
 def _noise(given: Arguments, wider: int = 0) -> Arguments:

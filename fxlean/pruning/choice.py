@@ -12,7 +12,7 @@ from torch import nn
 from ..compaction.attempts import compact
 from ..compaction.units import cut, units_of
 from ..costs import layer_costs
-from ..masking import remove_masks
+from ..masking import without_masks
 from ..selection.takeover import own_scores
 from ..tracing.sandbox import copied
 from ..tracing.tracer import Trace
@@ -100,9 +100,7 @@ def _measured(
 
     @cache
     def whole() -> nn.Module:
-        bare = copied(model)
-        remove_masks(bare)
-        return bare
+        return without_masks(model)
 
     def fraction(flags: Flags) -> float:
         assert callable(target.of)

@@ -9,7 +9,7 @@ import random
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -171,11 +171,11 @@ def paused_collection() -> Iterator[None]:
             gc.enable()
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; computed weights, which deepcopy refuses, are detached in it."""
-    memo: dict[int, Any] = {}
+def copied(model: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
+    """A deep copy, `shared` aside; computed weights, which deepcopy refuses, are detached in it."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     for module in model.modules():
         for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
+            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import fxlean
-from fxlean.masking import remove_masks
+from fxlean.masking import remove_masks, without_masks
 from tests.support.blocks import conv, conv_bn_relu
 from tests.support.zoo import ZOO, make
 
@@ -82,6 +82,30 @@ def test_the_order_of_parameters_stays(name):
     bare = copy.deepcopy(model)
     remove_masks(bare)
     assert [key for key, _ in bare.named_parameters()] == before
+
+
+@every_network
+@pytest.mark.parametrize("permanent", [True, False])
+@pytest.mark.filterwarnings("ignore::fxlean.CompactionWarning")  # what keeps its size is copied
+def test_a_copy_without_masks_is_that_of_a_copy_and_shares_no_memory(name, permanent):
+    model, inputs = make(name)
+    fxlean.prune(model, 0.5, inputs)
+    before = copy.deepcopy(model.state_dict())
+    expected = copy.deepcopy(model)
+    remove_masks(expected, permanent=permanent)
+    found = without_masks(model, permanent=permanent)
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], tensor), key
+    assert list(found.state_dict()) == list(expected.state_dict())
+    own = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    for result in (found, fxlean.compact(model, inputs)):
+        left = {key for key, t in result.state_dict().items() if t.data_ptr() in own and t.numel()}
+        assert not left
+        with torch.no_grad():
+            for parameter in result.parameters():
+                parameter.fill_(7.0)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(before[key], tensor), key
 
 
 @every_network

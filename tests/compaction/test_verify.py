@@ -1,0 +1,58 @@
+"""On which inputs a candidate is held against the pruned model."""
+
+import pytest
+import torch
+from torch import nn
+
+from fxlean.compaction.verify import Check
+
+
+class Sum(nn.Module):
+    """Adds up channels, and doubles the result for inputs that fit a condition."""
+
+    def __init__(self, doubles=lambda x: False, accepts=lambda x: True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 3, 1))
+        self.doubles, self.accepts = doubles, accepts
+
+    def forward(self, x):
+        if not self.accepts(x):
+            raise ValueError("no such size")
+        result = (x * self.weight).sum(1)
+        return 2 * result if self.doubles(x) else result
+
+
+def at_given_size(x):
+    return x.shape[-1] == 8
+
+
+CASES = {
+    "at the given size": (at_given_size, torch.randn(1, 3, 8)),
+    "at the given size, of zeros": (at_given_size, torch.zeros(1, 3, 8)),
+    "at the given size, of ones": (at_given_size, torch.ones(1, 3, 8)),
+    "at other sizes": (lambda x: not at_given_size(x), torch.randn(1, 3, 8)),
+    "at other sizes than that of zeros": (lambda x: not at_given_size(x), torch.zeros(1, 3, 8)),
+    "on ones": (lambda x: bool((x == 1).all()), torch.ones(1, 3, 8)),
+    "on what is positive": (lambda x: bool((x > 0).all()), torch.rand(1, 3, 8) + 0.1),
+    "on what is negative somewhere": (lambda x: bool((x < 0).any()), torch.rand(1, 3, 8)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_difference_is_found(name):
+    doubles, given = CASES[name]
+    check = Check(Sum(), Sum(), (given,))
+    assert not check.problem(Sum())
+    assert "outputs differ" in check.problem(Sum(doubles))
+
+
+@pytest.mark.parametrize("given", [torch.zeros(1, 3, 8), torch.rand(1, 3, 8)])
+def test_noise_of_the_given_size_is_tried_where_there_is_no_other(given):
+    check = Check(Sum(), Sum(accepts=at_given_size), (given,))
+    assert not check.problem(Sum(accepts=at_given_size))
+    assert "outputs differ" in check.problem(Sum(lambda x: bool((x < 0).any()), at_given_size))
+
+
+def test_a_model_that_rejects_what_is_given_raises():
+    with pytest.raises(ValueError, match="no such size"):
+        Check(Sum(accepts=lambda x: False), Sum(), (torch.rand(1, 3, 8),))
