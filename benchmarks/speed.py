@@ -14,6 +14,7 @@ import argparse
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from compaction import MODELS, medians
@@ -23,11 +24,10 @@ from torch import Tensor, nn
 import fxlean
 
 
-def small(dense: nn.Module, x: Tensor, ratio: float, multiple: int) -> nn.Module:
+def small(dense: nn.Module, x: Tensor, ratio: float, **options: Any) -> nn.Module:
     """A compacted copy with a fraction of the multiply-accumulates."""
     model = copy.deepcopy(dense)
-    options = {"granularity": "channel", "of": "macs", "method": "l1", "round_to": multiple}
-    fxlean.prune(model, ratio, x, **options)  # type: ignore[arg-type]
+    fxlean.prune(model, ratio, x, granularity="channel", of="macs", method="l1", **options)
     return fxlean.compact(model, x)
 
 
@@ -37,7 +37,8 @@ def row(name: str, ratio: float, options: argparse.Namespace) -> str:
     torch.manual_seed(0)
     dense = build().eval().to(options.device, options.dtype)
     x = torch.randn(options.batch, channels, size, size).to(options.device, options.dtype)
-    networks = [dense, small(dense, x, ratio, 1), small(dense, x, ratio, 8)]
+    held = {} if options.at_least is None else {"at_least": options.at_least}
+    networks = [dense, *(small(dense, x, ratio, round_to=n, **held) for n in (1, 8))]
     try:
         peer = torch_pruned(dense, x, ratio, everywhere=False)
         networks += [peer.eval()] if peer else []
@@ -55,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[1:])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.7, 0.5, 0.3])
+    parser.add_argument("--at-least", type=float, help="fraction of channels that layers keep")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", default="cpu")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,19 +63,31 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """
     check_model(model)
     model = unwrapped(model)
-    dense = bare = without_masks(model)
-    trace = trace_model(bare, example_inputs)
-    check = Check(model, bare, trace.arguments)
+    dense = without_masks(model)
+    bare = _Bare(dense, trace_model(dense, example_inputs))
+    check = Check(model, dense, bare.trace.arguments)
     while True:
-        boldest = cache(partial(slots_of, bare, trace, FOLLOW[0]))
-        smaller, problems = _smallest(bare, trace, boldest, check)
-        if _grouped(smaller) >= _grouped(bare):
+        smaller, problems = _smallest(bare, check)
+        if _grouped(smaller) >= _grouped(bare.model):
             if _size(smaller) == _size(dense):
-                _explain(bare, boldest(), problems)
+                _explain(bare, problems)
             note_dense(dense, smaller)
             return smaller
         # Within its one group that is left, a layer can be cut further.
-        bare, trace = smaller, trace_model(smaller, check.arguments)
+        bare = _Bare(smaller, trace_model(smaller, check.arguments))
+
+
+@dataclass
+class _Bare:
+    """A model without masks, and its trace."""
+
+    model: nn.Module
+    trace: Trace
+
+    @cached_property
+    def slots(self) -> Slots:
+        """With all operators taken to follow the number of channels that can."""
+        return slots_of(self.model, self.trace, FOLLOW[0])
 
 
 def _grouped(model: nn.Module) -> int:
@@ -82,18 +95,16 @@ def _grouped(model: nn.Module) -> int:
     return sum(getattr(module, "groups", 1) > 1 for module in model.modules())
 
 
-def _smallest(
-    bare: nn.Module, trace: Trace, boldest: Callable[[], Slots], check: Check
-) -> tuple[nn.Module, list[str]]:
+def _smallest(bare: _Bare, check: Check) -> tuple[nn.Module, list[str]]:
     """The smallest candidate that computes the same, and what was wrong with smaller ones."""
     problems: list[str] = []
-    for attempt in _attempts(bare, trace, boldest, check.arguments):
+    for attempt in _attempts(bare):
         problem = check.problem(attempt)
         if not problem:
             return attempt, problems
         problems.append(problem)
     raise CompactionError(
-        f"{type(bare).__name__} without masks differs from the masked model: {problems[-1]}. "
+        f"{type(bare.model).__name__} without masks differs from the masked model: {problems[-1]}. "
         "Compact it in eval mode, on example_inputs for which its outputs are the same every time."
     )
 
@@ -103,9 +114,10 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _explain(bare: nn.Module, slots: Slots, problems: list[str]) -> None:
+def _explain(bare: _Bare, problems: list[str]) -> None:
     """Say why a model with pruned kernels keeps its size."""
-    name, dead = type(bare).__name__, sum(int(a.result.zero.sum()) for a in slots.applications)
+    name, applications = type(bare.model).__name__, bare.slots.applications
+    dead = sum(int(a.result.zero.sum()) for a in applications)
     if problems:
         reason = (
             f"for what was cut out of it does not compute the same: {problems[0]}. Where sizes are "
@@ -123,31 +135,26 @@ def _explain(bare: nn.Module, slots: Slots, problems: list[str]) -> None:
             "for every channel still carries something: pruning has taken single kernels, and all "
             "of no channel. Prune whole channels (granularity='channel'), or further."
         )
-    if problems or not all(bool(a.nonzero.all()) for a in slots.applications):
+    if problems or not all(bool(a.nonzero.all()) for a in applications):
         warn(f"{name} keeps its size, {reason}", CompactionWarning)
 
 
-def _attempts(
-    bare: nn.Module, trace: Trace, boldest: Callable[[], Slots], arguments: Arguments
-) -> Iterator[nn.Module]:
+def _attempts(bare: _Bare) -> Iterator[nn.Module]:
     """Ever more careful candidates, down to the model without masks."""
-    if is_frozen(bare):
-        folded = copied(bare)
-        if fold(folded, trace):
-            retraced = trace_model(folded, arguments)
-            yield from _cut(folded, retraced, slots_of(folded, retraced, FOLLOW[0]), arguments)
-    yield from _cut(bare, trace, boldest(), arguments)
-    yield bare
+    if is_frozen(bare.model):
+        folded = copied(bare.model)
+        if fold(folded, bare.trace):
+            yield from _cut(_Bare(folded, trace_model(folded, bare.trace.arguments)))
+    yield from _cut(bare)
+    yield bare.model
 
 
-def _cut(
-    bare: nn.Module, trace: Trace, boldest: Slots, arguments: Arguments
-) -> Iterator[nn.Module]:
+def _cut(bare: _Bare) -> Iterator[nn.Module]:
     """Candidates with fewer channels, the smallest first."""
-    strangers = boldest.strangers
+    model, arguments, strangers = bare.model, bare.trace.arguments, bare.slots.strangers
     if strangers:
         try:
-            candidate = _rewritten(bare, arguments)
+            candidate = _rewritten(model, arguments)
         except Exception as err:  # torch.export refuses many models, in many ways
             warn(
                 f"{strangers} pruned convolutions have weights that belong to no layer, and "
@@ -158,9 +165,9 @@ def _cut(
         else:
             yield candidate
     for follow in FOLLOW:
-        slots = boldest if follow is FOLLOW[0] else slots_of(bare, trace, follow)
-        yield fitted(_compacted(bare, slots, pinned=False), arguments)
-    yield fitted(_compacted(bare, slots, pinned=True), arguments)
+        slots = bare.slots if follow is FOLLOW[0] else slots_of(model, bare.trace, follow)
+        yield fitted(_compacted(model, slots, pinned=False), arguments)
+    yield fitted(_compacted(model, slots, pinned=True), arguments)
 
 
 def _rewritten(bare: nn.Module, arguments: Arguments) -> nn.Module:
