@@ -92,9 +92,15 @@ def _double(thing: Any) -> Any:
 
 
 def outputs(model: nn.Module, inputs: Sequence[Arguments]) -> list[list[Tensor]]:
-    """The tensors that the model returns, for each of the inputs."""
-    with running(model):
-        return [tensors_in(call(model, copy.deepcopy(arguments))) for arguments in inputs]
+    """The tensors that the model returns for each of the inputs, every time from where it is now.
+
+    Some models count their calls, or draw numbers.
+    """
+    results = []
+    for arguments in inputs:
+        with running(model):
+            results.append(tensors_in(call(model, copy.deepcopy(arguments))))
+    return results
 
 
 def difference(

@@ -46,6 +46,24 @@ def test_a_difference_is_found(name):
     assert "outputs differ" in check.problem(Sum(doubles))
 
 
+class Draws(Sum):
+    """Adds a random number and how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x) + torch.rand(1) + self.calls
+
+
+@pytest.mark.parametrize("given", [torch.zeros(1, 3, 8), torch.rand(1, 3, 8)])
+def test_random_numbers_and_counters_are_the_same_for_a_candidate(given, monkeypatch):
+    monkeypatch.setattr(Check, "_is_rounding", lambda *_: False)
+    assert not Check(Draws(), Draws(), (given,)).problem(Draws())
+
+
 @pytest.mark.parametrize("given", [torch.zeros(1, 3, 8), torch.rand(1, 3, 8)])
 def test_noise_of_the_given_size_is_tried_where_there_is_no_other(given):
     check = Check(Sum(), Sum(accepts=at_given_size), (given,))
