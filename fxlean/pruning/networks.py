@@ -24,6 +24,12 @@ from .lengths import with_norms
 from .options import check
 from .prunable import LINEAR, OUTPUT, Network, find_prunable
 
+# What to pass where nothing else can be pruned, by the reason that leaves layers alone.
+HELPS = {
+    OUTPUT: "prune_outputs=True to prune the layers that make the output",
+    LINEAR: "include_linear=True to prune linear layers",
+}
+
 
 def trace(
     model: nn.Module,
@@ -98,11 +104,9 @@ def network_of(
         include_linear=include_linear,
     )
     if network.graph.num_kernels == 0:
-        if {OUTPUT, LINEAR}.intersection(network.skipped.values()):
-            advice = (
-                "Pass prune_outputs=True to prune the layers that make the output, or "
-                "include_linear=True to prune linear layers."
-            )
+        helps = [text for reason, text in HELPS.items() if reason in network.skipped.values()]
+        if helps:
+            advice = f"Pass {', or '.join(helps)}."
         elif network.skipped:
             advice = "Change what keeps these layers from being pruned first."
         else:

@@ -193,7 +193,16 @@ def quantisation_aware():
         (observed, r"prepared for quantisation.*: 0\..*Prune the model before torch\.ao"),
         (lambda: "resnet18", r"model is a str\. Pass a torch\.nn\.Module"),
         (lambda: nn.Linear(3, 4), r"Linear has no parameter that could be a convolution kernel"),
-        (lambda: nn.Conv2d(3, 4, 3), r"no convolution to prune \(.*produces the model's output"),
+        (
+            lambda: nn.Conv2d(3, 4, 3),
+            r"no convolution to prune \(.*produces the model's output .*\)\. "
+            r"Pass prune_outputs=True to prune the layers that make the output\.$",
+        ),
+        (
+            lambda: nn.Sequential(StandardisedConv2d(3, 3, 1), nn.Flatten(), nn.Linear(768, 2)),
+            r"no convolution to prune \(.*weight standardisation.*\)\. "
+            r"Pass include_linear=True to prune linear layers\.$",
+        ),
         (
             lambda: nn.Sequential(*[StandardisedConv2d(3, 3, 1) for _ in range(5)]),
             r"no convolution to prune \(0, 1, 2 and 2 more: its weight is a buffer, or computed so"
