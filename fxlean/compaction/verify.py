@@ -27,15 +27,15 @@ class Check:
         Noise of the size that was given follows where it cannot, or where what was given is
         constant, as zeros are, and tells little. Raises whatever the model raises.
         """
-        self.arguments, self._bare = given, bare
+        self.arguments, self._masked, self._bare = given, masked, bare
         self._inputs, self._expected = [given], outputs(masked, [given])
         wider = _noise(given, WIDER)
         with contextlib.suppress(Exception):  # many models are made for one size
-            self._expected += outputs(bare, [wider])
+            self._expected += outputs(masked, [wider])
             self._inputs.append(wider)
         if len(self._inputs) == 1 or _is_constant(given):
             self._inputs.append(_noise(given))
-            self._expected += outputs(bare, self._inputs[-1:])
+            self._expected += outputs(masked, self._inputs[-1:])
         self._trains: bool | None = None
 
     def problem(self, candidate: nn.Module) -> str:
@@ -56,7 +56,7 @@ class Check:
         """
         wide = [_double(arguments) for arguments in self._inputs]
         try:
-            expected = outputs(_double(copied(self._bare)), wide)
+            expected = outputs(_double(copied(self._masked)), wide)
             return not difference(_double(copied(candidate)), wide, expected)
         except Exception:  # a model that has its type written into its code
             return False

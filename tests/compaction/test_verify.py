@@ -46,6 +46,13 @@ def test_a_difference_is_found(name):
     assert "outputs differ" in check.problem(Sum(doubles))
 
 
+@pytest.mark.parametrize("given", [torch.zeros(1, 3, 8), torch.rand(1, 3, 8)])
+def test_the_masked_model_is_what_counts_also_where_zeros_hide_its_weights(given):
+    masked = Sum()
+    masked.weight.data *= 2
+    assert "outputs differ" in Check(masked, Sum(), (given,)).problem(Sum())
+
+
 class Draws(Sum):
     """Adds a random number and how often it was called."""
 
@@ -66,7 +73,7 @@ def test_random_numbers_and_counters_are_the_same_for_a_candidate(given, monkeyp
 
 @pytest.mark.parametrize("given", [torch.zeros(1, 3, 8), torch.rand(1, 3, 8)])
 def test_noise_of_the_given_size_is_tried_where_there_is_no_other(given):
-    check = Check(Sum(), Sum(accepts=at_given_size), (given,))
+    check = Check(Sum(accepts=at_given_size), Sum(accepts=at_given_size), (given,))
     assert not check.problem(Sum(accepts=at_given_size))
     assert "outputs differ" in check.problem(Sum(lambda x: bool((x < 0).any()), at_given_size))
 
