@@ -20,7 +20,7 @@ from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
 from ..tracing.sandbox import copied, evaluating, on_cpu, paused_collection
 from ..tracing.tracer import Trace, trace_model
-from .cut import count_groups, narrow_parameter, part_of, shrink
+from .cut import count_groups, narrow_parameter, part_of, shell, shrink
 from .exported.writer import rewritten
 from .fold import fold, is_frozen
 from .plan import choose_slots, layers_of
@@ -203,7 +203,7 @@ def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
     """
     layers = layers_of(slots)
     kept = solve(slots, pinned=True) if pinned else choose_slots(slots, layers)
-    result = copied(bare, [*bare.parameters(), *bare.buffers()])
+    result = shell(bare)
     for name, ((dim, channels), *_) in slots.parameters.items():
         narrow_parameter(result, name, dim, kept(channels))
     for name, (groups, channels) in slots.groups.items():

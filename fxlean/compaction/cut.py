@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Selected
+from ..tracing.sandbox import copied
 from .slots import Application
 from .solve import Kept, fill_up
 
@@ -98,6 +99,11 @@ def _option_cost(part: Part, rows: Tensor, columns: Tensor) -> float:
     if not torch.equal(rows, part.wanted):
         total += CAUTION * (2 * CALL + GATHER * after * int(part.wanted.sum()))
     return total
+
+
+def shell(bare: nn.Module) -> nn.Module:
+    """A copy to be cut, which shares parameters and buffers with the model until they are."""
+    return copied(bare, [*bare.parameters(), *bare.buffers()])
 
 
 def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..channels.calls import BatchNorm
 from ..masking import is_masked, without_masks
 from ..tracing.inputs import Arguments
-from ..tracing.sandbox import copied, on_cpu
+from ..tracing.sandbox import on_cpu
 from ..tracing.tracer import Trace, trace_model
 from .attempts import fitted
-from .cut import count_groups, narrow, narrow_parameter
+from .cut import count_groups, narrow, narrow_parameter, shell
 from .rules import FOLLOW
 from .slots import Slots
 from .solve import components
@@ -185,7 +185,7 @@ def cut(bare: nn.Module, units: Units, gone: NDArray[np.bool_], arguments: Argum
         arguments: to run it on.
     """
     stays = np.append(~gone, True)
-    result = copied(bare, [*bare.parameters(), *bare.buffers()])
+    result = shell(bare)
     for use in units.uses:
         if use.number == 0:
             rows, columns = (torch.from_numpy(stays[side]) for side in (use.rows, use.columns))
