@@ -17,7 +17,7 @@ from ..tracing.leaves import tensors_in
 from ..tracing.sandbox import running
 
 ATTRIBUTE = "_fxlean_unpruned"  # on a masked model: the fingerprint of what it was made of
-CHUNK = 2**22
+CHUNK = 2**16  # integers that stay in a cache
 
 
 def is_unpruned(model: nn.Module) -> bool:
@@ -48,11 +48,11 @@ def _checksum(tensor: Tensor) -> int:
     """The sum of the bits of a tensor, taken as integers and weighted by their places."""
     integers = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
     bits = tensor.detach().contiguous().reshape(-1).view(integers)
-    total = 0
+    places = torch.arange(1, 1 + min(len(bits), CHUNK), device=bits.device)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for number, part in enumerate(bits.split(CHUNK)):
-        places = torch.arange(1, len(part) + 1, device=part.device, dtype=torch.int64)
-        total += (number + 1) * int((part.long() * places).sum())
-    return total
+        total += (part * places[: len(part)]).sum() + number * CHUNK * part.sum()
+    return int(total)
 
 
 def check_reference(model: nn.Module, reference: Any) -> None:
