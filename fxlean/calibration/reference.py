@@ -17,7 +17,8 @@ from ..tracing.leaves import tensors_in
 from ..tracing.sandbox import running
 
 ATTRIBUTE = "_fxlean_unpruned"  # on a masked model: the fingerprint of what it was made of
-CHUNK = 2**16  # integers that stay in a cache
+CHUNK = 2**16  # words that stay in a cache
+MIX = 0x1E3779B97F4A7C15  # odd, with bits everywhere
 
 
 def is_unpruned(model: nn.Module) -> bool:
@@ -45,13 +46,20 @@ def fingerprint(model: nn.Module) -> int:
 
 
 def _checksum(tensor: Tensor) -> int:
-    """The sum of the bits of a tensor, taken as integers and weighted by their places."""
-    integers = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
-    bits = tensor.detach().contiguous().reshape(-1).view(integers)
-    places = torch.arange(1, 1 + min(len(bits), CHUNK), device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for number, part in enumerate(bits.split(CHUNK)):
-        total += (part * places[: len(part)]).sum() + number * CHUNK * part.sum()
+    """A hash of the bits of a tensor, eight bytes at a time.
+
+    Sums overflow, but every factor is odd, so that a change of one word always shows; and mixed, so
+    that changes of several do not cancel.
+    """
+    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    if len(octets) % 8 or octets.storage_offset() % 8:
+        octets = torch.cat([octets, octets.new_zeros(-len(octets) % 8)])
+    words = octets.view(torch.int64)
+    factors = MIX * torch.arange(1, 1 + min(len(words), CHUNK), device=words.device)
+    factors = (factors ^ (factors >> 32)) * MIX | 1
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for part in words.split(CHUNK):
+        total = MIX * total + (part * factors[: len(part)]).sum()
     return int(total)
 
 
