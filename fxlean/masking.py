@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,14 +35,19 @@ def put_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     existing = getattr(module, f"{plain}_mask", None)
     if name != plain and existing is not None:
         module._buffers[f"{plain}_mask"] = existing * mask.to(existing.device, existing.dtype)
-        _masking_hook(module, plain)[1](module, ())
+        _masking_hook(module, plain)(module, ())
         return
+    # As `prune.custom_from_mask` does, which also makes a mask of ones and multiplies by it.
     order = [f"{key}_orig" if key == name else key for key in module._parameters]
-    prune.custom_from_mask(module, name, mask.to(getattr(module, name).device))
+    parameter = module._parameters.pop(name)
+    module.register_parameter(f"{name}_orig", parameter)
     _reorder(module, order)
+    module.register_buffer(f"{name}_mask", mask.to(parameter, copy=True))
+    hook = prune.CustomFromMask(mask)
+    hook._tensor_name = name
+    setattr(module, name, hook.apply_mask(module))
     # A weight norm of the same parameter must find it masked when its own hook runs.
-    hooks: OrderedDict[int, Any] = module._forward_pre_hooks  # type: ignore[assignment]
-    hooks.move_to_end(_masking_hook(module, name)[0], last=False)
+    module.register_forward_pre_hook(hook, prepend=True)
 
 
 def refresh_from(module: nn.Module, below: str) -> None:
@@ -100,10 +104,10 @@ def _reorder(module: nn.Module, order: Sequence[str]) -> None:
         module._parameters[key] = module._parameters.pop(key)
 
 
-def _masking_hook(module: nn.Module, name: str) -> tuple[int, Any]:
-    """The pruning hook of a parameter, with its number among the module's hooks."""
+def _masking_hook(module: nn.Module, name: str) -> Any:
+    """The pruning hook of a parameter."""
     return next(
-        (number, hook)
-        for number, hook in module._forward_pre_hooks.items()
+        hook
+        for hook in module._forward_pre_hooks.values()
         if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name
     )

@@ -265,7 +265,7 @@ def test_a_failure_while_masking_leaves_the_model_as_it_was(monkeypatch):
     model, inputs = make("pre_pruned")
     model.train()
     before = snapshot(model)
-    original, calls = torch_prune.custom_from_mask, []
+    original, calls = torch_prune.CustomFromMask, []
 
     def failing(*args, **kwargs):
         calls.append(args)
@@ -273,7 +273,7 @@ def test_a_failure_while_masking_leaves_the_model_as_it_was(monkeypatch):
             raise MemoryError("no room for a mask")
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(torch_prune, "custom_from_mask", failing)
+    monkeypatch.setattr(torch_prune, "CustomFromMask", failing)
     with pytest.raises(MemoryError):
         fxlean.prune(model, 0.3, inputs)
     assert len(calls) == 3

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 import fxlean
+from fxlean.masking import put_mask
 from fxlean.nn import RefreshMasks
 from fxlean.pruning.masks import apply_masks
 from fxlean.pruning.prunable import COMPUTED, NORMED
@@ -230,6 +231,30 @@ def test_a_weight_that_is_zero_by_chance_is_not_taken_for_one_that_masks_can_zer
     result = fxlean.prune(nn.Sequential(conv(3, 4), layer, conv(4, 4), conv(4, 2, 1)), 0.3, IMAGE)
     assert result.skipped["1"] == COMPUTED
     assert [row.name for row in result.layers] == ["0", "2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_mask_is_what_torch_puts_on(dtype):
+    torch.manual_seed(0)
+    layer = conv(3, 4).to(dtype)
+    plain, mask = copy.deepcopy(layer), torch.rand(layer.weight.shape) < 0.5
+    put_mask(layer, "weight", mask)
+    torch_prune.custom_from_mask(plain, "weight", mask)
+    for _ in range(2):  # as they are, and with another mask of torch's on top
+        ours, theirs = layer.state_dict(), plain.state_dict()
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name])
+            assert ours[name].dtype == theirs[name].dtype
+        assert torch.equal(layer.weight, plain.weight)
+        (mine,), (other,) = (m._forward_pre_hooks.values() for m in (layer, plain))
+        assert type(mine) is type(other)
+        for module in (layer, plain):
+            torch_prune.l1_unstructured(module, "weight", 0.3)
+    for module in (layer, plain):
+        torch_prune.remove(module, "weight")
+    assert torch.equal(layer.weight, plain.weight)
+    assert not layer._forward_pre_hooks
 
 
 def test_masks_that_are_there_are_narrowed_and_not_wrapped():
