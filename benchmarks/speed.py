@@ -3,9 +3,10 @@
     python benchmarks/speed.py --models resnet50 mobilenet_v2 --ratios 0.5
 
 All networks of a row take turns, so that they see the same load of the machine; times are medians.
-Weights are random. Columns: the fraction of the multiply-accumulates that is left; the fraction of
-the dense network's time, of fxlean's network (`l1`), of one with multiples of 8 channels, and of
-Torch-Pruning's (group magnitude, every layer by itself). A dash is a network that it cannot prune.
+Weights are random, and the method is that of `shrink`, relevance, on noise. Columns: the fraction
+of the multiply-accumulates that is left; the fraction of the dense network's time, of fxlean's
+network, of one with multiples of 8 channels, and of Torch-Pruning's (group magnitude, every layer
+by itself). A dash is a network that it cannot prune.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import fxlean
 def small(dense: nn.Module, x: Tensor, ratio: float, **options: Any) -> nn.Module:
     """A compacted copy with a fraction of the multiply-accumulates."""
     model = copy.deepcopy(dense)
-    fxlean.prune(model, ratio, x, granularity="channel", of="macs", method="l1", **options)
+    fxlean.prune(model, ratio, x, granularity="channel", of="macs", **options)
     return fxlean.compact(model, x)
 
 
@@ -37,8 +38,8 @@ def row(name: str, ratio: float, options: argparse.Namespace) -> str:
     torch.manual_seed(0)
     dense = build().eval().to(options.device, options.dtype)
     x = torch.randn(options.batch, channels, size, size).to(options.device, options.dtype)
-    held = {} if options.at_least is None else {"at_least": options.at_least}
-    networks = [dense, *(small(dense, x, ratio, round_to=n, **held) for n in (1, 8))]
+    how = {"method": options.method, "at_least": options.at_least}
+    networks = [dense, *(small(dense, x, ratio, round_to=n, **how) for n in (1, 8))]
     try:
         peer = torch_pruned(dense, x, ratio, everywhere=False)
         networks += [peer.eval()] if peer else []
@@ -56,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS)[1:])
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.7, 0.5, 0.3])
+    parser.add_argument("--method", default="relevance")
     parser.add_argument("--at-least", type=float, help="fraction of channels that layers keep")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=1)

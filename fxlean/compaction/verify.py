@@ -21,14 +21,19 @@ WIDER = 32  # what strides divide
 class Check:
     """What candidates are held against: the outputs of a model, and whether it can be trained."""
 
-    def __init__(self, masked: nn.Module, bare: nn.Module, given: Arguments) -> None:
-        """Run the model on what is given, and on noise of another size if it can.
+    def __init__(
+        self, masked: nn.Module, bare: nn.Module, given: Arguments, *, noise: bool = True
+    ) -> None:
+        """Run the model on what is given, and with `noise` on some of another size if it can.
 
         Noise of the size that was given follows where it cannot, or where what was given is
         constant, as zeros are, and tells little. Raises whatever the model raises.
         """
         self.arguments, self._masked, self._bare = given, masked, bare
         self._inputs, self._expected = [given], outputs(masked, [given])
+        self._trains: bool | None = None
+        if not noise:
+            return
         wider = _noise(given, WIDER)
         with contextlib.suppress(Exception):  # many models are made for one size
             self._expected += outputs(masked, [wider])
@@ -36,13 +41,15 @@ class Check:
         if len(self._inputs) == 1 or _is_constant(given):
             self._inputs.append(_noise(given))
             self._expected += outputs(masked, self._inputs[-1:])
-        self._trains: bool | None = None
+
+    def difference(self, candidate: nn.Module) -> str:
+        """By what the outputs of a candidate differ, but for rounding, or an empty string."""
+        found = difference(candidate, self._inputs, self._expected)
+        return "" if found and self._is_rounding(candidate) else found
 
     def problem(self, candidate: nn.Module) -> str:
         """What is wrong with a candidate, or an empty string."""
-        problem = difference(candidate, self._inputs, self._expected)
-        if problem and self._is_rounding(candidate):
-            problem = ""
+        problem = self.difference(candidate)
         if not problem and not trains(candidate, self.arguments):
             if self._trains is None:
                 self._trains = trains(self._bare, self.arguments)
