@@ -32,6 +32,7 @@ CASES = {
     "at the given size, of ones": (at_given_size, torch.ones(1, 3, 8)),
     "at other sizes": (lambda x: not at_given_size(x), torch.randn(1, 3, 8)),
     "at other sizes than that of zeros": (lambda x: not at_given_size(x), torch.zeros(1, 3, 8)),
+    "at other sizes than a large one": (lambda x: x.shape[-1] != 300, torch.randn(1, 3, 300)),
     "on ones": (lambda x: bool((x == 1).all()), torch.ones(1, 3, 8)),
     "on what is positive": (lambda x: bool((x > 0).all()), torch.rand(1, 3, 8) + 0.1),
     "on what is negative somewhere": (lambda x: bool((x < 0).any()), torch.rand(1, 3, 8)),
@@ -51,6 +52,18 @@ def test_the_masked_model_is_what_counts_also_where_zeros_hide_its_weights(given
     masked = Sum()
     masked.weight.data *= 2
     assert "outputs differ" in Check(masked, Sum(), (given,)).problem(Sum())
+
+
+@pytest.mark.parametrize(("given", "other"), [(8, 40), (100, 132), (224, 128), (513, 257)])
+def test_the_other_size_is_cheap_and_leaves_the_same_remainder(given, other):
+    seen = set()
+
+    def note(x):
+        seen.add(x.shape[-1])
+        return True
+
+    Check(Sum(accepts=note), Sum(), (torch.rand(1, 3, given),))
+    assert seen == {given, other}
 
 
 class Draws(Sum):
