@@ -34,10 +34,12 @@ class Check:
         self._trains: bool | None = None
         if not noise:
             return
-        other = _noise(given, _other_width)
-        with contextlib.suppress(Exception):  # many models are made for one size
-            self._expected += outputs(masked, [other])
-            self._inputs.append(other)
+        for width in (_half, _wider):
+            other = _noise(given, width)
+            with contextlib.suppress(Exception):  # many models are made for one size
+                self._expected += outputs(masked, [other])
+                self._inputs.append(other)
+                break
         if len(self._inputs) == 1 or _is_constant(given):
             self._inputs.append(_noise(given))
             self._expected += outputs(masked, self._inputs[-1:])
@@ -91,9 +93,13 @@ def _noise(given: Arguments, width: Callable[[int], int] = int) -> Arguments:
     return result
 
 
-def _other_width(width: int) -> int:
-    """Another one that strides divide as well: a step more, or about half, which is quicker."""
-    return width + STEP if width < 4 * STEP else width - width // (2 * STEP) * STEP
+def _half(width: int) -> int:
+    """About half of a large width, which is quicker; a small one is made wider."""
+    return _wider(width) if width < 4 * STEP else width - width // (2 * STEP) * STEP
+
+
+def _wider(width: int) -> int:
+    return width + STEP
 
 
 def _double(thing: Any) -> Any:

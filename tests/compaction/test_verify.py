@@ -66,6 +66,15 @@ def test_the_other_size_is_cheap_and_leaves_the_same_remainder(given, other):
     assert seen == {given, other}
 
 
+def test_wider_noise_is_tried_where_a_model_takes_nothing_narrower():
+    def at_least_given(x):
+        return x.shape[-1] >= 224
+
+    check = Check(Sum(accepts=at_least_given), Sum(), (torch.rand(1, 3, 224),))
+    assert not check.problem(Sum())
+    assert "outputs differ" in check.problem(Sum(lambda x: x.shape[-1] == 256))
+
+
 class Draws(Sum):
     """Adds a random number and how often it was called."""
 
