@@ -25,7 +25,8 @@ from .moments import Moments
 
 TAPS = 128  # a covariance of 128 taps has 16,384 entries for each channel
 POSITIONS = 4096
-ELEMENTS = 2**23  # of patches that are held at a time
+ELEMENTS = 2**23  # that are held at a time
+CACHED = 2**19  # of patches on a CPU, which then stay in its caches
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Contributions:
         if self._sampled:
             self._add_sampled(view, axes)
             return
-        for number, rows in spans(view, ELEMENTS):
+        for number, rows in spans(view, patches(view.device)):
             self.moments.add(by_channel(view[number, :, rows], axes))
 
     def _add_sampled(self, view: Tensor, axes: int) -> None:
@@ -171,6 +172,11 @@ def feature_table(columns: Tensor) -> Tensor:
     within = torch.arange(len(columns)) - (times.cumsum(0) - times)[columns[order]]
     table[columns[order], within] = order
     return table
+
+
+def patches(device: torch.device) -> int:
+    """How many elements of patches are held at a time."""
+    return CACHED if device.type == "cpu" else ELEMENTS
 
 
 def spans(view: Tensor, elements: int) -> Iterator[tuple[slice, slice]]:

@@ -33,9 +33,11 @@ class Moments:
         if count == 0:
             return
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        mean = values.mean(-1, dtype=torch.float64)
-        values = values - mean.to(values.dtype)[..., None]
-        scatter = (values @ values.mT).double()
+        offset = values.mean(-1, keepdim=True)
+        values = values - offset
+        rest = values.mean(-1).double()  # what rounding has left of it
+        mean = offset[..., 0] + rest
+        scatter = (values @ values.mT).double() - count * _squares(rest)
         total = self.count + count
         delta = mean - self.mean
         self._scatter += scatter + (self.count * count / total) * _squares(delta)

@@ -21,10 +21,11 @@ from torch import Tensor, fx
 
 from ..channels.weights import Weight
 from ..ranks import summed
-from .contributions import ELEMENTS, by_channel, geometry_of, options_of, spans, windows
+from .contributions import by_channel, geometry_of, options_of, patches, spans, windows
 
 aten = torch.ops.aten
 LARGEST = 2**24  # entries of a covariance
+LEAST = 512  # positions at a time that are worth going over a covariance
 NARROW = 16  # fewer output channels do not make a convolution cheaper
 
 
@@ -143,8 +144,8 @@ def _covariance(operator: Operator, shape: torch.Size, samples: Sequence[Sample]
         seen, missing = seen - offset, missing - middle
         gram.baddbmm_(seen, seen.mT)
         cross.baddbmm_(missing, seen.mT)
-        total += seen.sum(-1, dtype=torch.float64)
-        lacking += missing.sum(-1, dtype=torch.float64)
+        total += seen.sum(-1)
+        lacking += missing.sum(-1)
         energy += missing.double().square().sum(-1)
     count = _positions(samples)
     gram, cross, total, lacking, energy = map(summed, (gram, cross, total, lacking, energy))
@@ -183,7 +184,8 @@ def _seen(
     axes = len(shape) - 2
     for sample in samples:
         view = windows(sample.x, geometry)
-        for number, rows in spans(view, ELEMENTS):
+        least = LEAST * groups * prod(shape[1:])
+        for number, rows in spans(view, max(least, patches(view.device))):
             part, lacks = view[number, :, rows], sample.lacks[number, :, rows]
             seen = by_channel(part, axes)
             missing = lacks.transpose(0, 1).reshape(groups, lacks.shape[1] // groups, -1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxlean.calibration import systems
+from fxlean.calibration import contributions, systems
 from fxlean.calibration.least_squares import correct
 from fxlean.calibration.systems import Operator, Sample, in_layout
 from fxlean.channels.weights import Weight
@@ -24,10 +24,13 @@ LAYERS = [
 ]
 
 
-@pytest.fixture(params=["covariance", "convolution"], autouse=True)
+@pytest.fixture(params=["covariance", "parts", "convolution"], autouse=True)
 def way(request, monkeypatch):
-    """Both ways to the normal equations, whatever the sizes."""
-    build = getattr(systems, f"_{request.param}")
+    """Both ways to the normal equations, whatever the sizes; the covariance also part by part."""
+    build = systems._convolution if request.param == "convolution" else systems._covariance
+    if request.param == "parts":
+        monkeypatch.setattr(contributions, "CACHED", 50)
+        monkeypatch.setattr(systems, "LEAST", 1)
     monkeypatch.setattr(systems, "_covariance", build)
     monkeypatch.setattr(systems, "_convolution", build)
 

@@ -137,7 +137,7 @@ def test_batches_add_up_whatever_their_sizes():
 def test_parts_of_large_values_add_up(monkeypatch):
     model, inputs = make("three_dimensional", torch.float64)
     _, whole, _ = shares_by_block(model, inputs)
-    monkeypatch.setattr(contributions, "ELEMENTS", 50)
+    monkeypatch.setattr(contributions, "CACHED", 50)
     _, parts, _ = shares_by_block(model, inputs)
     np.testing.assert_allclose(parts, whole, atol=1e-6)
 
