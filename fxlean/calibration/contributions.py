@@ -120,7 +120,7 @@ class Contributions:
         if self._sampled:
             self._add_sampled(view, axes)
             return
-        for number, rows in spans(view, patches(view.device)):
+        for number, rows in spans(view):
             self.moments.add(by_channel(view[number, :, rows], axes))
 
     def _add_sampled(self, view: Tensor, axes: int) -> None:
@@ -174,13 +174,14 @@ def feature_table(columns: Tensor) -> Tensor:
     return table
 
 
-def patches(device: torch.device) -> int:
-    """How many elements of patches are held at a time."""
-    return CACHED if device.type == "cpu" else ELEMENTS
+def spans(view: Tensor, least: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Slices of samples and of the first axis of positions, as many as are held at a time.
 
-
-def spans(view: Tensor, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of samples and of the first axis of positions, of about this many elements each."""
+    Args:
+        view: patches, as `windows` returns them.
+        least: about how many elements are worth the work on each slice.
+    """
+    elements = max(least, CACHED if view.device.type == "cpu" else ELEMENTS)
     each = max(1, view[0].numel())
     at_once = max(1, elements // each)
     rows = max(1, elements * view.shape[2] // each) if view.dim() > 3 else view.shape[2]

@@ -35,9 +35,8 @@ class Moments:
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         offset = values.mean(-1, keepdim=True)
         values = values - offset
-        rest = values.mean(-1).double()  # what rounding has left of it
-        mean = offset[..., 0] + rest
-        scatter = (values @ values.mT).double() - count * _squares(rest)
+        mean = offset[..., 0] + values.mean(-1).double()  # which rounding had left
+        scatter = (values @ values.mT).double()
         total = self.count + count
         delta = mean - self.mean
         self._scatter += scatter + (self.count * count / total) * _squares(delta)

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from ..channels.weights import Weight
 from ..ranks import summed
-from .contributions import by_channel, geometry_of, options_of, patches, spans, windows
+from .contributions import by_channel, geometry_of, options_of, spans, windows
 
 aten = torch.ops.aten
 LARGEST = 2**24  # entries of a covariance
@@ -127,18 +127,20 @@ def systems(
 def _covariance(operator: Operator, shape: torch.Size, samples: Sequence[Sample]) -> System:
     """From the covariance of all that the kernels of a group see.
 
-    Values are taken as deviations from the means of first parts, so that no digits are lost.
+    Values are taken as deviations from the means of the first sample, so that no digits are lost.
     """
     groups, transposed = operator.weight.groups, bool(operator.options[3])
     axes = tuple(range(2, len(shape))) if transposed else ()
-    first, lacks = next(_seen(operator, shape, samples))
-    parts = summed(first.new_ones(()))
-    offset, middle = (summed(t.mean(-1, keepdim=True)) / parts for t in (first, lacks))
-    columns, rows = first.shape[1], lacks.shape[1]
-    gram = first.new_zeros(groups, columns, columns)
-    cross = first.new_zeros(groups, rows, columns)
+    first = samples[0]
+    means = [_per_channel(t) / t[:, 0].numel() for t in (first.x, first.lacks)]
+    parts = summed(first.x.new_ones(()))
+    offset, middle = (summed(mean).reshape(groups, -1, 1) / parts for mean in means)
+    offset = offset.repeat_interleave(prod(shape[2:]), 1)
+    columns, rows = offset.shape[1], middle.shape[1]
+    gram = offset.new_zeros(groups, columns, columns)
+    cross = offset.new_zeros(groups, rows, columns)
     total, lacking, energy = (
-        first.new_zeros(groups, size, dtype=torch.float64) for size in (columns, rows, rows)
+        offset.new_zeros(groups, size, dtype=torch.float64) for size in (columns, rows, rows)
     )
     for seen, missing in _seen(operator, shape, samples):
         seen, missing = seen - offset, missing - middle
@@ -181,11 +183,10 @@ def _seen(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What kernels see and what is lacking, (groups, taps or rows, positions), part by part."""
     groups, geometry = operator.weight.groups, geometry_of(shape[2:], operator.options)
-    axes = len(shape) - 2
+    axes, least = len(shape) - 2, LEAST * groups * prod(shape[1:])
     for sample in samples:
         view = windows(sample.x, geometry)
-        least = LEAST * groups * prod(shape[1:])
-        for number, rows in spans(view, max(least, patches(view.device))):
+        for number, rows in spans(view, least):
             part, lacks = view[number, :, rows], sample.lacks[number, :, rows]
             seen = by_channel(part, axes)
             missing = lacks.transpose(0, 1).reshape(groups, lacks.shape[1] // groups, -1)
