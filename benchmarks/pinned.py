@@ -19,7 +19,7 @@ from torchvision.models import get_model_builder
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from fxlean.compaction.units import units_of
+from fxlean.compaction.trials import units_of
 from fxlean.tracing.tracer import trace_model
 from tests.support.torchvision_models import backbone, inputs_of
 

@@ -36,7 +36,7 @@ costs
 checkpoint: layout
 compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer
-compaction: verify attempts units
+compaction: verify attempts units trials
 checkpoint: packing rebuild reading files
 pruning: prunable lengths masks progress result channels latency targets options choice
 pruning: networks prune_model schedules rounds shrinking

@@ -16,9 +16,8 @@ from ..masking import is_masked, refresh_masks, without_masks
 from ..ranks import alone, copy_first, summed
 from ..tracing.arguments import check_count, check_model, unwrapped
 from ..tracing.inputs import Arguments
-from ..tracing.leaves import tensors_in
 from ..tracing.sandbox import on_cpu, same_random_states
-from .batches import example_and_batches
+from .batches import batch_size, example_and_batches
 from .corrections import (
     OTHER_DATA,
     LayerError,
@@ -286,8 +285,3 @@ def output_error(
                 targets[number].append(target[first:])
     total = float(summed(torch.tensor(error, dtype=torch.float64)))
     return relative(total, sum(spread_of(found) for found in targets.values()))
-
-
-def batch_size(batch: Arguments) -> int:
-    """Number of samples of a batch."""
-    return max([1, *(tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim())])

@@ -24,6 +24,7 @@ from ..tracing.inputs import Arguments
 from ..tracing.leaves import tensors_in
 from ..tracing.sandbox import same_random_states
 from ..tracing.tracer import Trace
+from .batches import batch_size, in_parts
 from .contributions import Contributions
 from .moments import Moments
 from .overlaps import Overlap
@@ -67,11 +68,12 @@ def shares_of(
     known: Known = {}
     remember_trace(known, trace, wired)
     for batch in batches:
-        found, own = traced(model, batch, known)
-        _check_same(wired, own)
-        with same_random_states(model):
-            for piece, walked in zip(found.pieces, own.walks, strict=True):
-                measured.add(Running(model, piece, piece.inputs or tensors_in(batch)), walked)
+        for part in _fitting(model, batch, trace, wired, known):
+            found, own = traced(model, part, known)
+            _check_same(wired, own)
+            with same_random_states(model):
+                for piece, walked in zip(found.pieces, own.walks, strict=True):
+                    measured.add(Running(model, piece, piece.inputs or tensors_in(part)), walked)
     measured.reduce()
     if overlaps is not None:
         overlaps |= {first: overlap.correlations() for first, overlap in shared.items()}
@@ -120,11 +122,28 @@ def _check_weights(blocks: Sequence[Block]) -> None:
         )
 
 
+def _fitting(
+    model: nn.Module, batch: Arguments, trace: Trace, wired: Wired, known: Known
+) -> Iterable[Arguments]:
+    """The batch, or parts of as many samples as were traced if others lead through other channels.
+
+    An attention that is written as products of matrices has channels for every sample.
+    """
+    samples = batch_size(trace.arguments)
+    if batch_size(batch) == samples or _are_same(wired, traced(model, batch, known)[1]):
+        return [batch]
+    return in_parts(batch, samples)
+
+
+def _are_same(expected: Wired, found: Wired) -> bool:
+    """Whether two walks have led through the same channels."""
+    ends = [[(b.first, b.rows, b.columns) for b in w.wiring.blocks] for w in (expected, found)]
+    return expected.wiring.num_channels == found.wiring.num_channels and ends[0] == ends[1]
+
+
 def _check_same(expected: Wired, found: Wired) -> None:
     """Batches of other shapes must lead through the same channels."""
-    if expected.wiring.num_channels != found.wiring.num_channels or [
-        (block.first, block.rows, block.columns) for block in expected.wiring.blocks
-    ] != [(block.first, block.rows, block.columns) for block in found.wiring.blocks]:
+    if not _are_same(expected, found):
         raise ArgumentError(
             f"a batch leads through {found.wiring.num_channels} channels, the example inputs "
             f"through {expected.wiring.num_channels}. Pass batches of the shape of example_inputs."

@@ -16,17 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..channels.calls import BatchNorm
-from ..masking import is_masked, without_masks
-from ..tracing.inputs import Arguments
 from ..tracing.sandbox import on_cpu
-from ..tracing.tracer import Trace, trace_model
-from .attempts import fitted
-from .cut import count_groups, narrow, narrow_parameter, shell
-from .rules import FOLLOW
 from .slots import Slots
 from .solve import components
-from .verify import outputs
-from .walk import slots_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +57,8 @@ class Units:
         parameters: of element-wise operators and group norms, by name: the dimension that lies
             along channels, how many elements each has, and their units.
         groups: of the group norms, by layer: how many, and the units of all channels.
-        pinned: for layers all of whose channels stay, the operator that needs all of them.
+        pinned: for layers all of whose channels stay, the operator that needs all of them, or what
+            went wrong without some.
     """
 
     count: int
@@ -74,34 +67,22 @@ class Units:
     groups: Mapping[str, tuple[int, NDArray[np.int64]]]
     pinned: Mapping[str, str]
 
-    def only(self, chosen: NDArray[np.bool_]) -> Units:
-        """Some of the units, numbered anew; the channels of the others stay."""
+    def only(self, chosen: NDArray[np.bool_], reason: str = "") -> Units:
+        """Some of the units, numbered anew; the channels of the others stay, for a reason if any.
+
+        The reason is that of layers all of whose channels stay only now.
+        """
         numbers = np.append(np.where(chosen, np.cumsum(chosen) - 1, -1), -1)
         uses = [replace(u, rows=numbers[u.rows], columns=numbers[u.columns]) for u in self.uses]
         parameters = {
             name: (dim, each, numbers[ids]) for name, (dim, each, ids) in self.parameters.items()
         }
         groups = {name: (count, numbers[ids]) for name, (count, ids) in self.groups.items()}
-        return Units(int(chosen.sum()), tuple(uses), parameters, groups, self.pinned)
-
-
-@torch.no_grad()
-def units_of(model: nn.Module, trace: Trace) -> Units:
-    """The units of a model, with masks or without.
-
-    Where sizes may be written into its code, as those of views, a trial without some units shows
-    whether they are.
-    """
-    bare = model
-    if is_masked(model):
-        bare = without_masks(model)
-        trace = trace_model(bare, trace.arguments)
-    for follow in FOLLOW:
-        slots = slots_of(bare, trace, follow)
-        units = _units(bare, slots)
-        if not slots.assumed or _works(bare, units, trace):
-            return units
-    raise AssertionError("without assumptions there is nothing to try")
+        pinned = dict(self.pinned)
+        if reason:
+            whole = [u.layer for u in uses if not u.is_norm and (u.rows < 0).all()]
+            pinned = {**dict.fromkeys(whole, reason), **pinned}
+        return Units(int(chosen.sum()), tuple(uses), parameters, groups, pinned)
 
 
 def _labels(slots: Slots) -> tuple[Tensor, Tensor]:
@@ -123,7 +104,7 @@ def _labels(slots: Slots) -> tuple[Tensor, Tensor]:
 
 
 @on_cpu()
-def _units(bare: nn.Module, slots: Slots) -> Units:
+def units_among(bare: nn.Module, slots: Slots) -> Units:
     """The units that there are among the slots of a model without masks."""
     label, component = _labels(slots)
     seen: Counter[str] = Counter()
@@ -173,40 +154,3 @@ def _reasons(slots: Slots, label: Tensor, component: NDArray[np.int64]) -> dict[
             names = Counter(by.get(int(number), "") for number in component[places.numpy()])
             found[applied.layer] = names.most_common(1)[0][0]
     return found
-
-
-def cut(bare: nn.Module, units: Units, gone: NDArray[np.bool_], arguments: Arguments) -> nn.Module:
-    """A model without some units, True where they go.
-
-    Args:
-        bare: without masks; not changed, and what is not cut of it is shared.
-        units: of the model.
-        gone: shape (units,).
-        arguments: to run it on.
-    """
-    stays = np.append(~gone, True)
-    result = shell(bare)
-    for use in units.uses:
-        if use.number == 0:
-            rows, columns = (torch.from_numpy(stays[side]) for side in (use.rows, use.columns))
-            narrow(result.get_submodule(use.layer), rows, columns, use.groups)
-    for name, (dim, _, channels) in units.parameters.items():
-        narrow_parameter(result, name, dim, torch.from_numpy(stays[channels]))
-    for name, (groups, channels) in units.groups.items():
-        count_groups(result.get_submodule(name), groups, torch.from_numpy(stays[channels]))
-    return fitted(result, arguments)
-
-
-def _works(bare: nn.Module, units: Units, trace: Trace) -> bool:
-    """Whether a model runs without every third unit, and returns tensors of the same shapes."""
-    gone = np.arange(units.count) % 3 == 2
-    stays = np.append(~gone, True)
-    for use in units.uses:
-        for side in (use.rows, use.columns):
-            gone[side[side >= 0]] &= stays[side].any()
-    arguments = trace.arguments
-    try:
-        (found,) = outputs(cut(bare, units, gone, arguments), [arguments])
-    except Exception:  # whatever the code of the model raises on fewer channels
-        return False
-    return [tensor.shape for tensor in found] == [tensor.shape for tensor in trace.results]

@@ -153,11 +153,18 @@ def relative_error(result: Tensor, reference: Tensor) -> float:
 
 
 def trains(model: nn.Module, arguments: Arguments) -> bool:
-    """Whether the model runs in training mode."""
+    """Whether the model runs in training mode, on the arguments or on all of their samples twice.
+
+    Batch norms refuse a single value.
+    """
     with evaluating(model):
         model.train()
-        try:
-            call(model, copy.deepcopy(arguments))
-        except Exception:  # batch norms of one value, among others
-            return False
-    return True
+        for given in (arguments, replaced(arguments, _twice)):
+            with contextlib.suppress(Exception):  # whatever the code of the model raises
+                call(model, copy.deepcopy(given))
+                return True
+    return False
+
+
+def _twice(leaf: Tensor) -> Tensor:
+    return torch.cat([leaf, leaf]) if leaf.dim() else leaf

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf, nan
 
 import numpy as np
 from torch import nn
 
 from ..compaction.attempts import compact
-from ..compaction.units import cut, units_of
+from ..compaction.trials import cut, units_of
 from ..costs import layer_costs
+from ..errors import ArgumentError, shown
 from ..masking import without_masks
 from ..selection.takeover import own_scores
 from ..tracing.sandbox import copied
@@ -102,8 +104,18 @@ def _measured(
     def whole() -> nn.Module:
         return without_masks(model)
 
-    def fraction(flags: Flags) -> float:
+    def measure(candidate: nn.Module) -> float:
         assert callable(target.of)
-        return target.of(built(whole(), flags)) / target.of(whole())
+        measured = target.of(candidate)
+        try:
+            number = float(measured)
+        except (TypeError, ValueError):
+            number = nan
+        if not 0 < number < inf:
+            raise ArgumentError(
+                f"of gave {shown(measured)} for a {type(model).__name__}. Pass a function that "
+                "returns a number above 0."
+            )
+        return number
 
-    return fraction
+    return lambda flags: measure(built(whole(), flags)) / measure(whole())

@@ -6,21 +6,20 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from ..calibration.batches import example_and_batches
+from ..calibration.batches import batch_size, example_and_batches, some_samples
 from ..calibration.distillation import check_trainable
 from ..calibration.distillation import distill as distill_model
 from ..calibration.reference import outputs_of
-from ..calibration.repair_model import batch_size, output_error, repair_towards, spacing
+from ..calibration.repair_model import output_error, repair_towards, spacing
 from ..calibration.running import Known
 from ..compaction.attempts import compact
 from ..costs import report
 from ..errors import ArgumentError, counted, shown
 from ..tracing.arguments import check_count, check_traceable, unwrapped
 from ..tracing.inputs import Arguments
-from ..tracing.leaves import replaced
 from ..tracing.sandbox import copied
 from .options import check, check_names
 from .prune_model import prune
@@ -119,21 +118,11 @@ def _split(batches: Sequence[Arguments]) -> tuple[list[Arguments], list[Argument
         size = batch_size(batch)
         if size > 1:
             first = size - max(min(2, size // 2), size // HELD)
-            data.append(_samples(batch, size, slice(0, first)))
-            held.append(_samples(batch, size, slice(first, size)))
+            data.append(some_samples(batch, slice(0, first)))
+            held.append(some_samples(batch, slice(first, size)))
         else:
             (held if number % every == every - 1 else data).append(batch)
     return data, held
-
-
-def _samples(batch: Arguments, size: int, which: slice) -> Arguments:
-    """Some of the samples of a batch."""
-
-    def part(tensor: Tensor) -> Tensor:
-        return tensor[which] if tensor.dim() and tensor.shape[0] == size else tensor
-
-    result: Arguments = replaced(batch, part)
-    return result
 
 
 def _within(

@@ -267,6 +267,42 @@ def test_batches_that_lead_through_other_channels_are_refused():
         fxlean.trace(model, small, norm="share", calibration=large, prune_outputs=True)
 
 
+class PerSample(nn.Module):
+    """Adds a vector of its own to every sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.more, self.vectors = conv(3, 4), conv(4, 6), nn.Embedding(5, 4)
+
+    def forward(self, x, label):
+        return self.more(F.relu(self.first(x)) + self.vectors(label)[:, :, None, None])
+
+
+@pytest.mark.parametrize("sizes", [[12], [8, 4], [3, 3, 6]])
+def test_where_channels_depend_on_the_number_of_samples_batches_are_cut_to_it(sizes):
+    torch.manual_seed(0)
+    model, images = PerSample().double(), torch.randn(12, 3, 8, 8, dtype=torch.float64)
+    labels = torch.arange(12) % 5
+    batches = list(zip(images.split(sizes), labels.split(sizes), strict=True))
+    fours = list(zip(images.split(4), labels.split(4), strict=True))
+    if 3 in sizes:  # three samples and the first of them again
+        threes = [(torch.cat([x, x[:1]]), torch.cat([y, y[:1]])) for x, y in batches[:2]]
+        six, six_labels = batches[2]
+        rest = [(six[:4], six_labels[:4])]
+        rest += [(six[[4, 5, 0, 1]], six_labels[[4, 5, 0, 1]])]
+        fours = threes + rest
+    _, expected, _ = shares_by_block(model, fours[0], fours)
+    _, found, _ = shares_by_block(model, (images[:4], labels[:4]), batches)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_noise_serves_where_channels_depend_on_the_number_of_samples():
+    model = PerSample()
+    inputs = torch.randn(4, 3, 8, 8), torch.arange(4)
+    result = fxlean.prune(model, 0.5, inputs, method="relevance")
+    assert result.calibration == "noise"
+
+
 def test_broken_weights_are_told_by_layer():
     model = nn.Sequential(conv(3, 4), conv(4, 2))
     with torch.no_grad():

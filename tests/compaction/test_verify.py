@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxlean.compaction.verify import Check
+from fxlean.compaction.verify import Check, trains
 
 
 class Sum(nn.Module):
@@ -98,6 +98,16 @@ def test_noise_of_the_given_size_is_tried_where_there_is_no_other(given):
     check = Check(Sum(accepts=at_given_size), Sum(accepts=at_given_size), (given,))
     assert not check.problem(Sum(accepts=at_given_size))
     assert "outputs differ" in check.problem(Sum(lambda x: bool((x < 0).any()), at_given_size))
+
+
+def test_one_sample_is_taken_twice_where_a_batch_norm_needs_more():
+    def pooled(width):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3), nn.Conv2d(width, 2, 1))
+
+    model = pooled(3)
+    assert trains(model, (torch.rand(1, 3, 8, 8),))
+    assert model[1].num_batches_tracked == 0
+    assert not trains(pooled(4), (torch.rand(1, 3, 8, 8),))
 
 
 def test_a_model_that_rejects_what_is_given_raises():

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import fxlean
 from fxlean.calibration.shares import shares_of
 from fxlean.channels.walk import wire
-from fxlean.compaction.units import units_of
+from fxlean.compaction.trials import units_of
 from fxlean.nn import Selected
 from fxlean.pruning.channels import find_channels
 from fxlean.pruning.networks import example_and_data, network_of, with_lengths
@@ -197,6 +197,26 @@ def test_any_measure_can_be_the_target():
             assert left > 0.45
             assert result.left["parameters"][0] == size(fxlean.compact(pruned, X))
     assert not any(isinstance(m, nn.utils.prune.BasePruningMethod) for m in model.modules())
+
+
+@pytest.mark.parametrize("granularity", ["channel", "kernel"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1, None, "large"])
+def test_a_measure_that_is_no_number_above_0_is_refused(value, granularity):
+    model = stages()
+    before = copy.deepcopy(model.state_dict())
+    options = {"granularity": granularity, "method": "l1", "of": lambda _: value}
+    with pytest.raises(fxlean.ArgumentError, match=rf"of gave {value!r} for a Sequential\. Pass"):
+        fxlean.prune(model, 0.5, X, **options)
+    assert before.keys() == model.state_dict().keys()
+
+
+def test_a_measure_may_be_a_tensor():
+    def size(candidate):
+        return torch.tensor(sum(parameter.numel() for parameter in candidate.parameters()))
+
+    result = fxlean.prune(stages(), 0.5, X, granularity="channel", of=size, method="l1")
+    left, total = result.left["parameters"]
+    assert 0.45 * total < left <= 0.5 * total
 
 
 def test_latency_is_measured():

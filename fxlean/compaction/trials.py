@@ -1,0 +1,153 @@
+"""Units that the code of a model can do without, which trials show.
+
+The sizes in a graph are numbers. Whether the code computes them, or has them written into it, shows
+when it runs on fewer channels; so does a layer that no output depends on, or that runs in training
+only, and reads channels that the graph knows nothing of.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..masking import is_masked, without_masks
+from ..tracing.inputs import Arguments
+from ..tracing.tracer import Trace, trace_model
+from .attempts import fitted
+from .cut import count_groups, narrow, narrow_parameter, shell
+from .rules import FOLLOW
+from .slots import Slots
+from .units import Units, units_among
+from .verify import outputs, trains
+from .walk import slots_of
+
+Kind = NDArray[np.int64]  # the numbers of units that the same layers write and read
+TRIALS = 64  # to find out which kinds a model needs, after it has failed without some of all
+RUNS = "the model does not run without some of them"
+TRAINS = "the model does not train without some of them"
+
+
+@torch.no_grad()
+def units_of(model: nn.Module, trace: Trace) -> Units:
+    """The units of a model, with masks or without."""
+    bare = model
+    if is_masked(model):
+        bare = without_masks(model)
+        trace = trace_model(bare, trace.arguments)
+    best = None
+    for follow in FOLLOW:
+        slots = slots_of(bare, trace, follow)
+        units = units_among(bare, slots)
+        problem = _trial(bare, units, slots, trace)
+        kinds = _kinds(units) if problem else []
+        found = problem(kinds) if problem else ""
+        if problem and found:
+            kinds = _without_needed(problem, kinds)
+            units = _only(units, [] if problem(kinds) else kinds, found)
+        if best is None or units.count > best.count:
+            best = units
+        if found != RUNS or not slots.assumed:
+            break
+    assert best is not None
+    return best
+
+
+def cut(bare: nn.Module, units: Units, gone: NDArray[np.bool_], arguments: Arguments) -> nn.Module:
+    """A model without some units, True where they go.
+
+    Args:
+        bare: without masks; not changed, and what is not cut of it is shared.
+        units: of the model.
+        gone: shape (units,).
+        arguments: to run it on.
+    """
+    stays = np.append(~gone, True)
+    result = shell(bare)
+    for use in units.uses:
+        if use.number == 0:
+            rows, columns = (torch.from_numpy(stays[side]) for side in (use.rows, use.columns))
+            narrow(result.get_submodule(use.layer), rows, columns, use.groups)
+    for name, (dim, _, channels) in units.parameters.items():
+        narrow_parameter(result, name, dim, torch.from_numpy(stays[channels]))
+    for name, (groups, channels) in units.groups.items():
+        count_groups(result.get_submodule(name), groups, torch.from_numpy(stays[channels]))
+    return fitted(result, arguments)
+
+
+def _trial(
+    bare: nn.Module, units: Units, slots: Slots, trace: Trace
+) -> Callable[[Sequence[Kind]], str] | None:
+    """What goes wrong without a third of the units of some kinds; None if surely nothing.
+
+    Nothing does if the model returns tensors of the same shapes, and trains if it did before.
+    """
+    known = {applied.layer for applied in slots.applications}
+    hidden = any(
+        name not in known and any(p.dim() > 1 for p in module.parameters(recurse=False))
+        for name, module in bare.named_modules()
+    )
+    if not slots.assumed and not hidden:
+        return None
+    arguments, shapes = trace.arguments, [tensor.shape for tensor in trace.results]
+    trained = hidden and trains(bare, arguments)
+
+    def problem(kinds: Sequence[Kind]) -> str:
+        gone = np.zeros(units.count, dtype=bool)
+        for kind in kinds:
+            gone[kind[min(1, len(kind) - 1) :: 3]] = True
+        stays = np.append(~gone, True)
+        for use in units.uses:  # no layer loses all of its channels
+            for side in (use.rows, use.columns):
+                gone[side[side >= 0]] &= stays[side].any()
+        try:
+            smaller = cut(bare, units, gone, arguments)
+            (found,) = outputs(smaller, [arguments])
+        except Exception:  # whatever the code of the model raises on fewer channels
+            return RUNS
+        if [tensor.shape for tensor in found] != shapes:
+            return RUNS
+        return "" if not trained or trains(smaller, arguments) else TRAINS
+
+    return problem
+
+
+def _kinds(units: Units) -> list[Kind]:
+    """Units that the same layers write and read, together; alike names of layers side by side."""
+    touched = np.zeros((2 * len(units.uses), units.count), dtype=bool)
+    for number, use in enumerate(units.uses):
+        for side, numbers in enumerate((use.rows, use.columns)):
+            touched[2 * number + side, numbers[numbers >= 0]] = True
+    _, first, which = np.unique(touched, axis=1, return_index=True, return_inverse=True)
+    kinds = [np.flatnonzero(which.reshape(-1) == number) for number in range(len(first))]
+    names = [[units.uses[at // 2].layer for at in np.flatnonzero(touched[:, k[0]])] for k in kinds]
+    order = sorted(range(len(kinds)), key=lambda k: ([re.sub(r"\d+", "", n) for n in names[k]], k))
+    return [kinds[number] for number in order]
+
+
+def _without_needed(problem: Callable[[Sequence[Kind]], str], kinds: Sequence[Kind]) -> list[Kind]:
+    """The kinds that a model can do without some of, if not of all at once; found by halving."""
+    free: list[Kind] = []
+    failing, trials = [list(kinds)], 0
+    while failing and trials < TRIALS:
+        group = failing.pop(0)
+        half = len(group) // 2
+        for part in (group[:half], group[half:]) if half else ():
+            trials += 1
+            if problem(part):
+                failing.append(part)
+            else:
+                free += part
+    return free
+
+
+def _only(units: Units, kinds: Sequence[Kind], reason: str) -> Units:
+    """The units of these kinds; the others stay."""
+    chosen = np.zeros(units.count, dtype=bool)
+    for kind in kinds:
+        chosen[kind] = True
+    return units.only(chosen, reason)
