@@ -24,13 +24,14 @@ from .slots import Slots
 aten = torch.ops.aten
 SPLITS = frozenset({aten.split, aten.split_with_sizes})
 SHUFFLES = frozenset({aten.channel_shuffle, aten.native_channel_shuffle})
+SIZED = RESHAPED | {aten.expand}  # calls that say how large their result is
 PARAMETERS = "parameters"  # of element-wise operators, which are cut with the channels
 # The sizes in a graph are numbers, and do not tell whether the code computes them. These operators
 # are taken to follow the number of channels, and if that fails, fewer of them.
 FOLLOW: tuple[frozenset[Any], ...] = (
-    RESHAPED | SPLITS | {PARAMETERS},
-    RESHAPED | SPLITS,
-    RESHAPED,
+    SIZED | SPLITS | {PARAMETERS},
+    SIZED | SPLITS,
+    SIZED,
     frozenset(),
 )
 
@@ -60,7 +61,7 @@ def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
         for flow in (*site.flows(), *results):
             slots.pin(flow.ids)
         return result
-    slots.assumed |= site.packet in follow and any(map(_dims, site.flows()))
+    slots.assumed |= site.packet in follow
     return result
 
 
@@ -146,7 +147,7 @@ def _parts(site: Site, results: Sequence[Flow], follow: Collection[Any]) -> Tens
 def _follows(site: Site, slots: Slots, results: Sequence[Flow], follow: Collection[Any]) -> bool:
     """Whether the operator does the same, channel by channel, on values with fewer channels."""
     flows = site.flows()
-    written = site.packet in RESHAPED and site.packet not in follow
+    written = site.packet in SIZED and site.packet not in follow
     if not resizes(site) or (written and flows[0].shape != site.shape):
         return False
     # What is left of a value whose channels vary along two dimensions need not be a tensor.

@@ -15,6 +15,7 @@ from ..selection.takeover import Reading
 from .prunable import Network
 
 Flags = NDArray[np.bool_]
+COMPUTED = "a weight that is computed, as by weight norm, or used in other ways as well"
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +131,10 @@ def find_channels(network: Network, units: Units) -> Channels:
         for use, block in left_alone:
             free[use.columns[~zero[_sources(network, use, block)]]] = False
     units = units.only(free[:-1])
-    return replace(channels, units=units)
+    known = {use.layer for use in units.uses}
+    strangers = [layer.name for layer in graph.layers if layer.name not in known]
+    pinned = {**dict.fromkeys(strangers, COMPUTED), **units.pinned}
+    return replace(channels, units=replace(units, pinned=pinned))
 
 
 def _ends(use: Use, block: Block) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

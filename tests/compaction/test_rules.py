@@ -7,8 +7,7 @@ import torch
 from torch import fx
 
 from fxlean.channels.flow import make_flow, scalar_gain
-from fxlean.channels.rules.movements import RESHAPED
-from fxlean.compaction.rules import FOLLOW, SPLITS, apply_rule
+from fxlean.compaction.rules import FOLLOW, SIZED, SPLITS, apply_rule
 from fxlean.compaction.slots import Slots
 from fxlean.compaction.solve import components
 from fxlean.compaction.walk import slots_of
@@ -35,7 +34,6 @@ STUCK = {
     aten.copy,
     aten.diagonal,
     aten.embedding,
-    aten.expand,
     aten.gather,
     aten.index,
     aten.index_put,
@@ -108,7 +106,7 @@ def some_kept(slots, generator):
 def with_sizes(site, expected):
     """The arguments of the operator, with sizes as code computes them anew."""
     args = site.node.args
-    if site.packet in RESHAPED - {aten.squeeze, aten.flatten}:
+    if site.packet in SIZED - {aten.squeeze, aten.flatten}:
         return (args[0], tuple(expected[0].shape))
     if site.packet in SPLITS:
         sizes = [part.shape[args[2]] for part in expected]

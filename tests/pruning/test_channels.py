@@ -219,6 +219,16 @@ def test_a_measure_may_be_a_tensor():
     assert 0.45 * total < left <= 0.5 * total
 
 
+def test_layers_with_weights_that_cannot_be_cut_are_named():
+    first, shared, again = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+    again.weight = shared.weight
+    layers = (nn.Conv2d(3, 8, 3), nn.utils.parametrizations.weight_norm(first), shared, again)
+    model = nn.Sequential(*layers, nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 1))
+    result = fxlean.prune(model, 0.9, X, granularity="channel", of="macs", method="l1")
+    assert {name for name, reason in result.pinned.items() if "computed" in reason} == {"1", "2"}
+    assert all(layer.kept == layer.total for layer in result.layers if layer.name in ("1", "2"))
+
+
 def test_latency_is_measured():
     torch.manual_seed(0)
     model = stages(128)

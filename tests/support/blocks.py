@@ -311,6 +311,19 @@ def conv_next_block(channels: int) -> nn.Module:
     )
 
 
+class ExpandedGate(nn.Module):
+    """A gate made by linear layers, and expanded to the size of what it is multiplied with."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(channels, 3), nn.Linear(3, channels)
+
+    def forward(self, x):
+        samples, channels, *_ = x.shape
+        gate = torch.sigmoid(self.second(F.relu(self.first(x.mean((2, 3))))))
+        return x * gate.view(samples, channels, 1, 1).expand_as(x)
+
+
 def squeeze_excite(channels: int) -> nn.Module:
     gate = nn.Sequential(
         nn.AdaptiveAvgPool2d(1),

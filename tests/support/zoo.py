@@ -18,6 +18,7 @@ from tests.support.blocks import (
     Apply,
     Combine,
     DenseInPlace,
+    ExpandedGate,
     Functional,
     InPlace,
     MultiHead,
@@ -161,6 +162,7 @@ ZOO: dict[str, Case] = {
         )
     ),
     "product_gate": Case(lambda: between(conv_bn(4, 6), Apply(product_gate), outputs=3)),
+    "expanded_gate": Case(lambda: between(conv_bn_relu(4, 6), ExpandedGate(6), outputs=6)),
     "squeeze_excite": Case(lambda: between(conv_bn_relu(4, 6), squeeze_excite(6), outputs=6)),
     "swish_gate": Case(
         lambda: between(

@@ -211,7 +211,6 @@ RESIZES: dict[Any, Callable[[Site], bool]] = {
     aten.constant_pad_nd: movements.grows,
     aten.copy: never,
     aten.embedding: never,
-    aten.expand: movements.unchanged,
     aten.flip: always,
     aten.native_channel_shuffle: always,
     aten.pixel_shuffle: always,
