@@ -201,7 +201,7 @@ def test_operands_of_a_sum_share_by_their_variances(join, factors):
         np.testing.assert_allclose(found, (expected / expected.sum()).numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["product_gate", "squeeze_excite", "swish_gate"])
+@pytest.mark.parametrize("name", ["expanded_gate", "product_gate", "squeeze_excite", "swish_gate"])
 def test_every_operand_of_a_product_gets_all(name):
     model, inputs = make(name)
     graph, shares, _ = shares_by_block(model, inputs)

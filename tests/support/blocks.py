@@ -320,7 +320,7 @@ class ExpandedGate(nn.Module):
 
     def forward(self, x):
         samples, channels, *_ = x.shape
-        gate = torch.sigmoid(self.second(F.relu(self.first(x.mean((2, 3))))))
+        gate = torch.sigmoid(self.second(torch.tanh(self.first(x.mean((2, 3))))))
         return x * gate.view(samples, channels, 1, 1).expand_as(x)
 
 
