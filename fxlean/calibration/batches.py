@@ -80,31 +80,6 @@ def _are_batches(model: nn.Module, given: tuple[Any, ...]) -> bool:
     return True
 
 
-def batch_size(batch: Arguments) -> int:
-    """Number of samples of a batch."""
-    return max([1, *(tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim())])
-
-
-def some_samples(batch: Arguments, which: slice | Tensor) -> Arguments:
-    """Some of the samples of a batch; what does not have one entry a sample stays."""
-    size = batch_size(batch)
-
-    def part(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or tensor.shape[0] != size:
-            return tensor
-        return tensor[which if isinstance(which, slice) else which.to(tensor.device)]
-
-    result: Arguments = replaced(batch, part)
-    return result
-
-
-def in_parts(batch: Arguments, size: int) -> Iterator[Arguments]:
-    """A batch in parts of so many samples; the first of them fill the last part up."""
-    count = batch_size(batch)
-    for start in range(0, count, size):
-        yield some_samples(batch, torch.arange(start, start + size) % count)
-
-
 def example_and_batches(
     model: nn.Module, example_inputs: Any, batches: Any
 ) -> tuple[Any, Iterator[Arguments]]:

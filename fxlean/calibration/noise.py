@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..tracing.inputs import Arguments, call
+from ..tracing.inputs import Arguments, batch_size, call
 from ..tracing.leaves import replaced, tensors_in
 from ..tracing.sandbox import running
 
@@ -33,7 +33,7 @@ def noise_batches(
     """
     scale, offset = input_range(model, arguments)
     tensors = tensors_in(arguments)
-    batch = max([1, *(tensor.shape[0] for tensor in tensors if tensor.dim())])
+    batch = batch_size(arguments)
     elements = max(1, sum(tensor.numel() for tensor in tensors))
     generator = torch.Generator().manual_seed(0)
 

@@ -15,9 +15,9 @@ from ..errors import ArgumentError
 from ..masking import is_masked, refresh_masks, without_masks
 from ..ranks import alone, copy_first, summed
 from ..tracing.arguments import check_count, check_model, unwrapped
-from ..tracing.inputs import Arguments
+from ..tracing.inputs import Arguments, batch_size
 from ..tracing.sandbox import on_cpu, same_random_states
-from .batches import batch_size, example_and_batches
+from .batches import example_and_batches
 from .corrections import (
     OTHER_DATA,
     LayerError,

@@ -7,7 +7,7 @@ operand of a product gets all, and what has one source passes it on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -20,11 +20,10 @@ from ..channels.graph import ChannelGraph, Kind
 from ..channels.walk import Walked, Wired
 from ..channels.wiring import Block
 from ..errors import ArgumentError
-from ..tracing.inputs import Arguments
+from ..tracing.inputs import Arguments, batch_size, in_parts
 from ..tracing.leaves import tensors_in
 from ..tracing.sandbox import same_random_states
 from ..tracing.tracer import Trace
-from .batches import batch_size, in_parts
 from .contributions import Contributions
 from .moments import Moments
 from .overlaps import Overlap
@@ -68,9 +67,7 @@ def shares_of(
     known: Known = {}
     remember_trace(known, trace, wired)
     for batch in batches:
-        for part in _fitting(model, batch, trace, wired, known):
-            found, own = traced(model, part, known)
-            _check_same(wired, own)
+        for part, found, own in _traced(model, batch, trace, wired, known):
             with same_random_states(model):
                 for piece, walked in zip(found.pieces, own.walks, strict=True):
                     measured.add(Running(model, piece, piece.inputs or tensors_in(part)), walked)
@@ -122,32 +119,32 @@ def _check_weights(blocks: Sequence[Block]) -> None:
         )
 
 
-def _fitting(
+def _traced(
     model: nn.Module, batch: Arguments, trace: Trace, wired: Wired, known: Known
-) -> Iterable[Arguments]:
-    """The batch, or parts of as many samples as were traced if others lead through other channels.
+) -> Iterator[tuple[Arguments, Trace, Wired]]:
+    """A batch with its graphs, which must lead through the same channels as those of `trace`.
 
-    An attention that is written as products of matrices has channels for every sample.
+    If they do not, the batch comes in parts of as many samples as were traced: an attention that is
+    written as products of matrices has channels for every sample.
     """
+    found, own = traced(model, batch, known)
     samples = batch_size(trace.arguments)
-    if batch_size(batch) == samples or _are_same(wired, traced(model, batch, known)[1]):
-        return [batch]
-    return in_parts(batch, samples)
-
-
-def _are_same(expected: Wired, found: Wired) -> bool:
-    """Whether two walks have led through the same channels."""
-    ends = [[(b.first, b.rows, b.columns) for b in w.wiring.blocks] for w in (expected, found)]
-    return expected.wiring.num_channels == found.wiring.num_channels and ends[0] == ends[1]
-
-
-def _check_same(expected: Wired, found: Wired) -> None:
-    """Batches of other shapes must lead through the same channels."""
-    if not _are_same(expected, found):
+    if _ends(own) == _ends(wired):
+        yield batch, found, own
+    elif batch_size(batch) != samples:
+        for part in in_parts(batch, samples):
+            yield from _traced(model, part, trace, wired, known)
+    else:
         raise ArgumentError(
-            f"a batch leads through {found.wiring.num_channels} channels, the example inputs "
-            f"through {expected.wiring.num_channels}. Pass batches of the shape of example_inputs."
+            f"a batch leads through {own.wiring.num_channels} channels, the example inputs "
+            f"through {wired.wiring.num_channels}. Pass batches of the shape of example_inputs."
         )
+
+
+def _ends(wired: Wired) -> tuple[int, list[tuple[int, int, int]]]:
+    """Through how many channels a walk has led, and where the weights are among them."""
+    blocks = [(block.first, block.rows, block.columns) for block in wired.wiring.blocks]
+    return wired.wiring.num_channels, blocks
 
 
 class _Measured:

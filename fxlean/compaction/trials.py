@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..masking import is_masked, without_masks
+from ..selection.channels import alike
 from ..tracing.inputs import Arguments
 from ..tracing.tracer import Trace, trace_model
 from .attempts import fitted
@@ -27,6 +29,7 @@ from .verify import outputs, trains
 from .walk import slots_of
 
 Kind = NDArray[np.int64]  # the numbers of units that the same layers write and read
+Trial = Callable[[Sequence[Kind]], str]
 TRIALS = 64  # to find out which kinds a model needs, after it has failed without some of all
 RUNS = "the model does not run without some of them"
 TRAINS = "the model does not train without some of them"
@@ -39,19 +42,18 @@ def units_of(model: nn.Module, trace: Trace) -> Units:
     if is_masked(model):
         bare = without_masks(model)
         trace = trace_model(bare, trace.arguments)
+    can_train = cache(lambda: trains(bare, trace.arguments))
     best = None
     for follow in FOLLOW:
         slots = slots_of(bare, trace, follow)
-        units = units_among(bare, slots)
-        problem = _trial(bare, units, slots, trace)
-        kinds = _kinds(units) if problem else []
-        found = problem(kinds) if problem else ""
-        if problem and found:
-            kinds = _without_needed(problem, kinds)
-            units = _only(units, [] if problem(kinds) else kinds, found)
+        units, failure = units_among(bare, slots), ""
+        hidden = _has_hidden(bare, slots)
+        if slots.assumed or hidden:
+            trial = _trial(bare, units, trace, training=hidden and can_train())
+            units, failure = _tried(units, trial)
         if best is None or units.count > best.count:
             best = units
-        if found != RUNS or not slots.assumed:
+        if failure != RUNS or not slots.assumed:
             break
     assert best is not None
     return best
@@ -79,22 +81,21 @@ def cut(bare: nn.Module, units: Units, gone: NDArray[np.bool_], arguments: Argum
     return fitted(result, arguments)
 
 
-def _trial(
-    bare: nn.Module, units: Units, slots: Slots, trace: Trace
-) -> Callable[[Sequence[Kind]], str] | None:
-    """What goes wrong without a third of the units of some kinds; None if surely nothing.
-
-    Nothing does if the model returns tensors of the same shapes, and trains if it did before.
-    """
+def _has_hidden(bare: nn.Module, slots: Slots) -> bool:
+    """Whether layers have weights that the graph does not, as those that run in training alone."""
     known = {applied.layer for applied in slots.applications}
-    hidden = any(
+    return any(
         name not in known and any(p.dim() > 1 for p in module.parameters(recurse=False))
         for name, module in bare.named_modules()
     )
-    if not slots.assumed and not hidden:
-        return None
+
+
+def _trial(bare: nn.Module, units: Units, trace: Trace, *, training: bool) -> Trial:
+    """What goes wrong without a third of the units of some kinds, or an empty string.
+
+    Nothing does if the model returns tensors of the same shapes and, with `training`, trains.
+    """
     arguments, shapes = trace.arguments, [tensor.shape for tensor in trace.results]
-    trained = hidden and trains(bare, arguments)
 
     def problem(kinds: Sequence[Kind]) -> str:
         gone = np.zeros(units.count, dtype=bool)
@@ -111,25 +112,33 @@ def _trial(
             return RUNS
         if [tensor.shape for tensor in found] != shapes:
             return RUNS
-        return "" if not trained or trains(smaller, arguments) else TRAINS
+        return "" if not training or trains(smaller, arguments) else TRAINS
 
     return problem
 
 
+def _tried(units: Units, problem: Trial) -> tuple[Units, str]:
+    """The units that a model can do without, and what went wrong without some of all."""
+    kinds = _kinds(units)
+    failure = problem(kinds)
+    if failure:
+        kinds = _without_needed(problem, kinds)
+        chosen = np.zeros(units.count, dtype=bool)
+        for kind in [] if problem(kinds) else kinds:
+            chosen[kind] = True
+        units = units.only(chosen, failure)
+    return units, failure
+
+
 def _kinds(units: Units) -> list[Kind]:
     """Units that the same layers write and read, together; alike names of layers side by side."""
-    touched = np.zeros((2 * len(units.uses), units.count), dtype=bool)
-    for number, use in enumerate(units.uses):
-        for side, numbers in enumerate((use.rows, use.columns)):
-            touched[2 * number + side, numbers[numbers >= 0]] = True
-    _, first, which = np.unique(touched, axis=1, return_index=True, return_inverse=True)
-    kinds = [np.flatnonzero(which.reshape(-1) == number) for number in range(len(first))]
-    names = [[units.uses[at // 2].layer for at in np.flatnonzero(touched[:, k[0]])] for k in kinds]
-    order = sorted(range(len(kinds)), key=lambda k: ([re.sub(r"\d+", "", n) for n in names[k]], k))
-    return [kinds[number] for number in order]
+    rows, columns = [use.rows for use in units.uses], [use.columns for use in units.uses]
+    found = alike(rows, columns, np.ones(units.count, dtype=bool))
+    names = [re.sub(r"\d+", "", use.layer) for use in units.uses]
+    return [kind for kind, _ in sorted(found, key=lambda pair: [names[at] for at in pair[1][0]])]
 
 
-def _without_needed(problem: Callable[[Sequence[Kind]], str], kinds: Sequence[Kind]) -> list[Kind]:
+def _without_needed(problem: Trial, kinds: Sequence[Kind]) -> list[Kind]:
     """The kinds that a model can do without some of, if not of all at once; found by halving."""
     free: list[Kind] = []
     failing, trials = [list(kinds)], 0
@@ -143,11 +152,3 @@ def _without_needed(problem: Callable[[Sequence[Kind]], str], kinds: Sequence[Ki
             else:
                 free += part
     return free
-
-
-def _only(units: Units, kinds: Sequence[Kind], reason: str) -> Units:
-    """The units of these kinds; the others stay."""
-    chosen = np.zeros(units.count, dtype=bool)
-    for kind in kinds:
-        chosen[kind] = True
-    return units.only(chosen, reason)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tracing.inputs import Arguments, call
+from ..tracing.inputs import Arguments, batch_size, call, in_parts
 from ..tracing.leaves import replaced, tensors_in
 from ..tracing.sandbox import copied, evaluating, running
 
@@ -159,12 +159,8 @@ def trains(model: nn.Module, arguments: Arguments) -> bool:
     """
     with evaluating(model):
         model.train()
-        for given in (arguments, replaced(arguments, _twice)):
+        for given in (arguments, *in_parts(arguments, 2 * batch_size(arguments))):
             with contextlib.suppress(Exception):  # whatever the code of the model raises
                 call(model, copy.deepcopy(given))
                 return True
     return False
-
-
-def _twice(leaf: Tensor) -> Tensor:
-    return torch.cat([leaf, leaf]) if leaf.dim() else leaf

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from ..calibration.batches import batch_size, example_and_batches, some_samples
+from ..calibration.batches import example_and_batches
 from ..calibration.distillation import check_trainable
 from ..calibration.distillation import distill as distill_model
 from ..calibration.reference import outputs_of
@@ -19,7 +19,7 @@ from ..compaction.attempts import compact
 from ..costs import report
 from ..errors import ArgumentError, counted, shown
 from ..tracing.arguments import check_count, check_traceable, unwrapped
-from ..tracing.inputs import Arguments
+from ..tracing.inputs import Arguments, batch_size, some_samples
 from ..tracing.sandbox import copied
 from .options import check, check_names
 from .prune_model import prune

@@ -12,7 +12,7 @@ class: all save the same, so that only the lowest score of each class competes.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd, inf
 
@@ -134,36 +134,52 @@ def removal_order(
         heapq.heappush(heap, (value(group)[0], number))
 
 
-def _classes(
-    costs: Costs, scores: NDArray[np.float64], gone: NDArray[np.bool_], round_to: int
-) -> list[_Class]:
-    """The classes of all units that are not gone."""
+def alike(
+    rows: Sequence[NDArray[np.int64]],
+    columns: Sequence[NDArray[np.int64]],
+    among: NDArray[np.bool_],
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Units that write and read as many channels of the same uses, class by class.
+
+    Args:
+        rows: for every use the unit of every channel that it writes; -1 for channels of none.
+        columns: the same for those that it reads.
+        among: shape (units,), True for those that are wanted.
+
+    Returns:
+        The units of each class, and for each use that they touch its number and how many of its
+        rows and columns one of them is, shape (3, uses).
+    """
     parts = [np.zeros((4, 0), dtype=np.int64)]  # a unit, a use, and how many rows and columns
-    for number, sides in enumerate(zip(costs.rows, costs.columns, strict=True)):
-        counts = np.stack([np.bincount(ids + 1, minlength=len(gone) + 1)[1:] for ids in sides])
+    for number, sides in enumerate(zip(rows, columns, strict=True)):
+        counts = np.stack([np.bincount(ids + 1, minlength=len(among) + 1)[1:] for ids in sides])
         places = np.flatnonzero(counts.any(0))
         parts.append(np.vstack([places, np.full_like(places, number), counts[:, places]]))
     touched = np.concatenate(parts, axis=1)
     touched = touched[:, np.argsort(touched[0], kind="stable")]
-    starts = np.searchsorted(touched[0], np.arange(len(gone) + 1))
+    starts = np.searchsorted(touched[0], np.arange(len(among) + 1))
     members: dict[bytes, list[int]] = {}
-    for unit in np.flatnonzero(~gone & (np.diff(starts) > 0)).tolist():
+    for unit in np.flatnonzero(among & (np.diff(starts) > 0)).tolist():
         own = touched[1:, starts[unit] : starts[unit + 1]]
         members.setdefault(own.tobytes(), []).append(unit)
-    found = []
     for units in members.values():
-        uses, rows, columns = touched[1:, starts[units[0]] : starts[units[0] + 1]]
-        order = np.argsort(scores[units], kind="stable")
-        found.append(
-            _Class(
-                uses,
-                rows,
-                columns,
-                np.where(rows > 0, np.maximum(costs.least[uses], 1), 0),
-                costs.product[uses],
-                costs.linear[uses],
-                np.array(units, dtype=np.int64)[order],
-                round_to // gcd(round_to, int(max(rows.max(), columns.max()))),
-            )
+        yield np.array(units), touched[1:, starts[units[0]] : starts[units[0] + 1]]
+
+
+def _classes(
+    costs: Costs, scores: NDArray[np.float64], gone: NDArray[np.bool_], round_to: int
+) -> list[_Class]:
+    """The classes of all units that are not gone."""
+    return [
+        _Class(
+            uses,
+            rows,
+            columns,
+            np.where(rows > 0, np.maximum(costs.least[uses], 1), 0),
+            costs.product[uses],
+            costs.linear[uses],
+            units[np.argsort(scores[units], kind="stable")],
+            round_to // gcd(round_to, int(max(rows.max(), columns.max()))),
         )
-    return found
+        for units, (uses, rows, columns) in alike(costs.rows, costs.columns, ~gone)
+    ]

@@ -74,6 +74,31 @@ def call(model: nn.Module, arguments: Arguments) -> Any:
     return model(**arguments) if isinstance(arguments, dict) else model(*arguments)
 
 
+def batch_size(batch: Arguments) -> int:
+    """Number of samples of a batch."""
+    return max([1, *(tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim())])
+
+
+def some_samples(batch: Arguments, which: slice | Tensor) -> Arguments:
+    """Some of the samples of a batch; what does not have one entry a sample stays."""
+    size = batch_size(batch)
+
+    def part(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or tensor.shape[0] != size:
+            return tensor
+        return tensor[which if isinstance(which, slice) else which.to(tensor.device)]
+
+    result: Arguments = replaced(batch, part)
+    return result
+
+
+def in_parts(batch: Arguments, size: int) -> Iterator[Arguments]:
+    """A batch in parts of so many samples; the first of them fill the last part up."""
+    count = batch_size(batch)
+    for start in range(0, count, size):
+        yield some_samples(batch, torch.arange(start, start + size) % count)
+
+
 def guesses(model: nn.Module) -> Iterator[Arguments]:
     """Inputs of common sizes for a model whose first convolution says channels and dimensions."""
     firsts = _first_convolutions(model)
