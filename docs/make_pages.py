@@ -27,9 +27,9 @@ norms: suprema operator
 channels: graph flow calls weights builder wiring site
 channels.rules: movements positions weighted table
 channels: walk
-calibration: moments contributions overlaps noise batches running shares elements systems
-calibration: least_squares side_by_side corrections norm_corrections reference repair_result
-calibration: repair_model statistics distillation
+calibration: moments contributions overlaps noise batches running shares elements statistics systems
+calibration: least_squares side_by_side corrections norm_corrections samples reference
+calibration: repair_result repair_model distillation
 selection: jit rows ranking liveness chains paths relevance methods channels
 selection: takeover
 costs

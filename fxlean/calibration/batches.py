@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
-from ..tracing.inputs import Arguments, as_arguments, call, describe, guesses
+from ..errors import ArgumentError, PruneWarning, warn
+from ..tracing.inputs import Arguments, as_arguments, call, check_tensors, describe, guesses
 from ..tracing.leaves import replaced, tensors_in
 from ..tracing.sandbox import running
 from .noise import noise_batches
@@ -49,8 +49,9 @@ def read_batches(model: nn.Module, batches: Any) -> Iterator[Arguments]:
     for number, batch in enumerate([batches] if single else batches):
         arguments = _as_arguments(model, batch, number)
         arguments = replaced(arguments, lambda tensor: tensor.to(device))
+        check_tensors(tensors_in(arguments), f"batch {number}")
         _check_finite(arguments, number)
-        form = str(replaced(arguments, lambda tensor: (tensor.shape, tensor.dtype)))
+        form = form_of(arguments)
         if form not in labelled:
             labelled[form] = _is_labelled(model, arguments, number)
         alone = labelled[form] and isinstance(arguments, tuple)
@@ -59,10 +60,34 @@ def read_batches(model: nn.Module, batches: Any) -> Iterator[Arguments]:
         raise ArgumentError("batches is empty. Pass at least one batch of inputs.")
 
 
+def told_if_constant(batches: Iterable[Arguments]) -> Iterator[Arguments]:
+    """The same batches, and a warning behind the last if all their values are equal."""
+    values: list[Tensor] = []
+    varying = False
+    for batch in batches:
+        tensors = [tensor for tensor in tensors_in(batch) if tensor.numel()]
+        values = values or [tensor.reshape(-1)[0] for tensor in tensors]
+        pairs = zip(tensors, values, strict=False)
+        varying = varying or any(bool((tensor != value).any()) for tensor, value in pairs)
+        yield batch
+    if not varying:
+        warn(
+            "all values of the batches are equal, so what flows through the network is what its "
+            "borders make. Pass real batches.",
+            PruneWarning,
+        )
+
+
+def form_of(batch: Arguments) -> str:
+    """What batches have in common that a model takes in the same way: shapes, types, all else."""
+    return str(replaced(batch, lambda tensor: (tensor.shape, tensor.dtype)))
+
+
 def _are_batches(model: nn.Module, given: tuple[Any, ...]) -> bool:
     """Whether a tuple is not the arguments of one batch, but several, as of `images.split(64)`.
 
-    Two tensors alike could be that, or inputs and targets: an error, unless the model takes both.
+    Two tensors of one shape could be that, or inputs and targets: an error, unless the model takes
+    both.
     """
     tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
     kinds = {(tensor.dtype, tensor.shape[1:]) for tensor in tensors}
@@ -72,10 +97,10 @@ def _are_batches(model: nn.Module, given: tuple[Any, ...]) -> bool:
     arguments = tuple(tensor.to(device) for tensor in tensors)
     if _rejects(model, arguments) is None or _rejects(model, arguments[:1]) is not None:
         return False
-    if len(given) == 2:
+    if len(given) == 2 and tensors[0].shape == tensors[1].shape:
         raise ArgumentError(
-            "batches is a tuple of two tensors alike: two batches, or inputs and targets? Pass a "
-            "list of batches, [first, second], or the inputs alone."
+            "batches is a tuple of two tensors of one shape: two batches, or inputs and targets? "
+            "Pass a list of batches, [first, second], or the inputs alone."
         )
     return True
 
@@ -92,6 +117,11 @@ def example_and_batches(
     """
     if batches is None:
         arguments = _accepted(model) if example_inputs is None else as_arguments(example_inputs)
+        if not any(tensor.is_floating_point() for tensor in tensors_in(arguments)):
+            raise ArgumentError(
+                f"example_inputs, {describe(arguments)}, holds no floating-point tensor, so noise "
+                "cannot take its place. Pass batches: those of repair, or calibration=."
+            )
         return arguments, noise_batches(model, _widened(model, arguments))
     found = read_batches(model, batches)
     if example_inputs is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import inf, isnan, sqrt
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .elements import Elements, elements_of
 from .least_squares import correct
 from .shares import data_of
 from .side_by_side import Side, Stop
+from .statistics import is_frozen_mean
 from .systems import Sample, in_layout, operator_of
 
 OTHER_DATA = "reads data of another shape than in the reference"
@@ -25,7 +26,10 @@ OTHER_DATA = "reads data of another shape than in the reference"
 
 @dataclass(frozen=True)
 class LayerError:
-    """The held-out error of a layer, relative to the standard deviation of what it should give."""
+    """The held-out error of a layer, relative to the standard deviation of what it should give.
+
+    Of the output channels that have kernels left.
+    """
 
     name: str
     before: float
@@ -78,16 +82,18 @@ def correct_layer(
     assert stop.block is not None
     weight = stop.block.weight
     linear = weight.columns is not None
-    fit, held, spread = _samples(pairs, number, linear=linear)
     mask = _kept(weight, elements)
+    alive = mask.flatten(1).any(1)  # a channel without kernels stays dead
+    fit, held, spreads = _samples(pairs, number, linear=linear)
     constant, sign = _constant(model, side, stop)
-    free = mask.new_zeros(len(mask)) if constant is None else constant.kept
-    free = free & mask.flatten(1).any(1)  # a channel without kernels stays dead
+    free = mask.new_zeros(len(mask)) if constant is None else constant.kept & alive
     found = correct(operator_of(weight, stop.node), mask, free, fit, held, steps=steps)
     elements.add(in_layout(weight, found.kernels[..., 0] if linear else found.kernels))
     if constant is not None:
         constant.add(sign * found.bias)
-    before, after = float(found.before.sum()), float(found.after.sum())
+    before, after, spread = (
+        float(values[alive].sum()) for values in (found.before, found.after, spreads)
+    )
     return LayerError(weight.layer_name, relative(before, spread), relative(after, spread))
 
 
@@ -105,8 +111,8 @@ def _kept(weight: Weight, elements: Elements) -> Tensor:
 
 def _samples(
     pairs: Sequence[Pair], number: int, *, linear: bool
-) -> tuple[list[Sample], list[Sample], float]:
-    """What a layer reads and lacks, to solve for and held out; and the spread of its target."""
+) -> tuple[list[Sample], list[Sample], Tensor]:
+    """What a layer reads and lacks, to solve for and held out; and the spreads of its target."""
     fit: list[Sample] = []
     held: list[Sample] = []
     targets: list[Tensor] = []
@@ -125,33 +131,32 @@ def _samples(
         if len(x_held):
             held.append(Sample(x_held, y_held - result_held))
             targets.append(y_held)
-    return fit, held, spread_of(targets)
+    return fit, held, spreads_of(targets)
 
 
 def _constant(model: nn.Module, side: Side, stop: Stop) -> tuple[Elements | None, float]:
     """What adds a constant to every output channel of a layer, and its sign.
 
-    The bias; without one, the running mean of the batch norm that alone reads the layer.
+    The bias; without one, the running mean of the batch norm that alone reads the layer, unless
+    that is frozen.
     """
     call = read_call(stop.node)
     bias = call.bias if call is not None else None
     if isinstance(bias, fx.Node):
         found = elements_of(model, side.running.origin(bias), side.running.value(bias))
         return (None if isinstance(found, str) else found), 1.0
-    if stop.statistics is None:
+    if stop.statistics is None or is_frozen_mean(model, stop.statistics):
         return None, 1.0
     mean = dict(model.named_buffers())[stop.statistics]
     index = torch.arange(len(mean), device=mean.device)
     return Elements(mean, index, torch.ones_like(index, dtype=torch.bool)), -1.0
 
 
-def spread_of(targets: Sequence[Tensor]) -> float:
-    """Squared deviations of all channels (dimension 1) from their means, added up on all ranks."""
-    if not targets:
-        return 0.0
+def spreads_of(targets: Sequence[Tensor]) -> Tensor:
+    """Squared deviations of each channel (dimension 1) from its mean, added up on all ranks."""
     flat = [target.double().transpose(0, 1).flatten(1) for target in targets]
     mean = mean_of(flat)[:, None]
-    return float(summed(torch.stack([(part - mean).square().sum() for part in flat]).sum()))
+    return summed(torch.stack([(part - mean).square().sum(1) for part in flat]).sum(0))
 
 
 def mean_of(parts: Sequence[Tensor]) -> Tensor:
@@ -161,7 +166,9 @@ def mean_of(parts: Sequence[Tensor]) -> Tensor:
 
 
 def relative(error: float, spread: float) -> float:
-    """The root of a squared error over the spread of what it is an error of."""
+    """The root of a squared error over the spread of what it is an error of; NaN if it is."""
+    if isnan(error):
+        return error
     return sqrt(error / spread) if spread > 0 else inf if error > 0 else 0.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
@@ -12,18 +13,22 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ..errors import ArgumentError, shown
+from ..errors import ArgumentError, PruneWarning, shown, warn
 from ..masking import refresh_masks
-from ..ranks import averaged, copy_first
-from ..tracing.arguments import check_count, check_model, unwrapped
+from ..ranks import averaged, copy_first, summed
+from ..tracing.arguments import check_count, check_model, check_unfrozen, unwrapped
 from ..tracing.inputs import Arguments, call
+from ..tracing.leaves import replaced
+from ..tracing.sandbox import running, same_random_states
 from .batches import read_batches
+from .corrections import mean_of
 from .elements import put_back, saved
 from .reference import check_reference, floats_of, outputs_of
 from .repair_model import DELAY
 from .statistics import batch_norms_training, measure_statistics
 
 RATE = 3e-3
+ROUNDING = 1e-12  # variances that are smaller, relative to the squared mean, are of rounding errors
 
 
 def distill(
@@ -38,17 +43,17 @@ def distill(
     """Train a pruned or compacted model in place to give what the unpruned network gives.
 
     `steps` steps of Adam, one batch each, over and over, on the mean squared difference of every
-    floating-point tensor that the model returns, relative to its variance. Masks stay on, and
-    parameters that do not require gradients stay. Batch norms run in training mode, and their
-    statistics are measured anew at the end; everything else, dropout too, is in eval mode. In a
-    process group every rank must distill, with batches of its own: each step takes one of every
-    rank.
+    floating-point tensor that the model returns, relative to its variance over all batches. Masks
+    stay on, and parameters that do not require gradients stay, and so do the statistics of a batch
+    norm whose scale and shift do not. Other batch norms run in training mode, and their statistics
+    are measured anew at the end; everything else, dropout too, is in eval mode. In a process group
+    every rank must distill, with batches of its own: each step takes one of every rank.
 
     Args:
         model: any module, best after rounds of pruning and repair. If training fails it is put
             back; if it is interrupted, what has been learned stays.
         batches: an iterable of batches such as a `DataLoader`, with tens of samples each; labels
-            beside the only input are left out. They are kept in memory.
+            beside the only input are left out. They are kept in memory, with the outputs.
         reference: the unpruned network; not changed.
         steps: at least 1; some hundred are enough.
         rate: learning rate at the beginning; it falls linearly to 0.
@@ -56,48 +61,128 @@ def distill(
 
     Raises:
         ArgumentError: arguments make no sense, the model does not take the batches, outputs
-            differ in shape, or the error is not a number any more. It is a ValueError.
+            differ in shape or do not vary, or the error is not a number any more. It is a
+            ValueError.
+
+    Warns:
+        PruneWarning: the error on the batches is larger than it was, so the model was put back.
     """
     _check(model, reference, steps, rate)
     model, reference = unwrapped(model), unwrapped(reference)
-    data = list(read_batches(model, batches))
-    targets = outputs_of(reference, data)
-    values = saved(model)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    gradients = [parameter.grad for parameter in parameters]
-    disable = None if progress is None else not progress
-    bar = tqdm(range(steps), "fxlean: distill", delay=DELAY, leave=False, disable=disable)
-    try:
-        optimizer = torch.optim.Adam(parameters, rate)
-        falling = LambdaLR(optimizer, lambda step: 1 - step / steps)
-        with batch_norms_training(model), bar:
-            _train(model, data, targets, falling, bar)
-        measure_statistics(model, data)
-        copy_first(model)
-    except Exception:  # whatever: the model is to be as it was
-        put_back(values)
-        raise
-    finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        refresh_masks(model)
+    with torch.inference_mode(False), same_random_states(model):
+        goal = _Goal(reference, [_usable(batch) for batch in read_batches(model, batches)])
+        before = goal.error(model)
+        values = saved(model)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        gradients = [parameter.grad for parameter in parameters]
+        disable = None if progress is None else not progress
+        bar = tqdm(range(steps), "fxlean: distill", delay=DELAY, leave=False, disable=disable)
+        try:
+            optimizer = torch.optim.Adam(parameters, rate)
+            falling = LambdaLR(optimizer, lambda step: 1 - step / steps)
+            with batch_norms_training(model), bar:
+                _train(model, goal, falling, bar)
+            measure_statistics(model, goal.batches)
+            copy_first(model)
+            refresh_masks(model)
+            after = goal.error(model)
+            if not after <= before:
+                put_back(values)
+                warn(
+                    f"the relative error of the outputs of {type(model).__name__} became "
+                    f"{after:.2g}, from {before:.2g}, so it was put back. Pass a smaller rate, "
+                    "larger batches, or more steps.",
+                    PruneWarning,
+                )
+        except Exception:  # whatever: the model is to be as it was
+            put_back(values)
+            raise
+        finally:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            refresh_masks(model)
 
 
-def _train(
-    model: nn.Module,
-    batches: Sequence[Arguments],
-    targets: Sequence[Sequence[Tensor]],
-    schedule: LambdaLR,
-    numbers: Iterable[int],
-) -> None:
+def _usable(batch: Arguments) -> Arguments:
+    """The batch with tensors that a backward pass takes, also of those from inference mode."""
+    usable: Arguments = replaced(batch, lambda x: x.clone() if x.is_inference() else x)
+    return usable
+
+
+class _Goal:
+    """What the outputs are to become: what the reference gives.
+
+    Attributes:
+        batches: all batches.
+    """
+
+    def __init__(self, reference: nn.Module, batches: Sequence[Arguments]) -> None:
+        self.batches = batches
+        self._wanted = outputs_of(reference, batches)
+        self._variances = _variances(self._wanted)
+        if not self._variances:
+            raise ArgumentError(
+                f"the reference {type(reference).__name__} returns no floating-point tensor that "
+                "varies over the batches, so there is nothing to come nearer to. Pass more batches."
+            )
+
+    def loss(self, model: nn.Module, number: int) -> Tensor:
+        """The squared error of every output on a batch, relative to its variance, added up."""
+        found, wanted = floats_of(call(model, self.batches[number])), self._wanted[number]
+        shapes, expected = ([tuple(t.shape) for t in tensors] for tensors in (found, wanted))
+        if shapes != expected:
+            raise ArgumentError(
+                f"the model returns shapes {shapes}, the reference {expected}. Pass the network "
+                "that was pruned as reference."
+            )
+        pairs = list(zip(found, wanted, strict=True))
+        errors = [
+            (pairs[place][0] - pairs[place][1]).square().mean() / variance
+            for place, variance in self._variances.items()
+            if place < len(pairs)
+        ]
+        return torch.stack(errors).sum() if errors else torch.zeros(())
+
+    def error(self, model: nn.Module) -> float:
+        """The root of the mean loss over the batches of all ranks, in eval mode."""
+        with running(model):
+            losses = [self.loss(model, number).cpu() for number in range(len(self.batches))]
+        return float(averaged(torch.stack(losses).double().mean()).sqrt())
+
+
+def _variances(outputs: Sequence[Sequence[Tensor]]) -> dict[int, float]:
+    """The variance of each output over all batches of all ranks, by its place.
+
+    Not of those that are constant but for rounding.
+    """
+    places: defaultdict[int, list[Tensor]] = defaultdict(list)
+    for tensors in outputs:
+        for place, tensor in enumerate(tensors):
+            places[place].append(tensor.reshape(1, -1).double())
+    found = {}
+    for place, parts in places.items():
+        mean = mean_of(parts)
+        deviations = torch.stack([(part - mean).square().sum() for part in parts]).sum()
+        count = torch.tensor(sum(part.numel() for part in parts))
+        variance = float(summed(deviations)) / int(summed(count))
+        if not variance <= ROUNDING * float(mean) ** 2:
+            found[place] = variance
+    return found
+
+
+def _train(model: nn.Module, goal: _Goal, schedule: LambdaLR, numbers: Iterable[int]) -> None:
     """One step of the optimizer and of its rate for each number, batch after batch."""
     optimizer = schedule.optimizer
     parameters = optimizer.param_groups[0]["params"]
     for number in numbers:
-        which = number % len(batches)
         with torch.enable_grad():
             optimizer.zero_grad()
-            loss = _loss(floats_of(call(model, batches[which])), targets[which])
+            loss = goal.loss(model, number % len(goal.batches))
+            if not loss.requires_grad:
+                raise ArgumentError(
+                    f"what {type(model).__name__} returns does not depend on a parameter that "
+                    "requires gradients. Set requires_grad where weights may change."
+                )
             loss.backward()
         # What the model returns may not depend on some parameters.
         for parameter in parameters:
@@ -113,32 +198,13 @@ def _train(
         schedule.step()
 
 
-def _loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """The squared error of every output, relative to its variance, added up."""
-    shapes, expected = ([tuple(t.shape) for t in tensors] for tensors in (found, wanted))
-    if shapes != expected:
-        raise ArgumentError(
-            f"the model returns shapes {shapes}, the reference {expected}. Pass the network that "
-            "was pruned as reference."
-        )
-    errors = [
-        (ours - theirs).square().mean() / theirs.var(correction=0).clamp(min=1e-30)
-        for ours, theirs in zip(found, wanted, strict=True)
-    ]
-    return torch.stack(errors).sum()
-
-
 def _check(model: Any, reference: Any, steps: Any, rate: Any) -> None:
     check_model(model)
     check_reference(model, reference)
     check_count("steps", steps)
     if not isinstance(rate, Real) or not 0 < float(rate) < math.inf:
         raise ArgumentError(f"rate is {shown(rate)}. Pass a positive number, such as {RATE}.")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ArgumentError(
-            f"no parameter of {type(model).__name__} requires gradients, so there is nothing to "
-            "train. Set requires_grad where weights may change."
-        )
+    check_unfrozen(model)
     check_trainable(model)
 
 

@@ -13,6 +13,7 @@ from ..channels.weights import Origin, Weight
 from ..tracing.arguments import public_name
 
 COMPUTED = "its weight is a buffer, or computed from its parameters"
+EMPTY = "none of its kernels is left"
 FROZEN = "its weight does not require gradients"
 SHARED = "its weight is used more than once"
 
@@ -33,15 +34,14 @@ class Elements:
 
     def value(self) -> Tensor:
         """The value as it is now, zero where masked."""
-        return self.parameter.detach().reshape(-1)[self.index] * self.kept
+        return self.parameter.detach().take(self.index) * self.kept
 
     def add(self, change: Tensor) -> None:
         """Add a change, of the shape of the value, to the elements that are kept."""
         with torch.no_grad():
             where = self.index[self.kept]
-            flat = self.parameter.data.view(-1)
-            wide = flat[where].to(change.dtype) + change[self.kept]
-            flat[where] = wide.to(flat.dtype)
+            wide = self.parameter.data.take(where).to(change.dtype) + change[self.kept]
+            self.parameter.data.put_(where, wide.to(self.parameter.dtype))
 
 
 def elements_of(model: nn.Module, origin: Origin | None, value: Tensor) -> Elements | str:
@@ -58,10 +58,7 @@ def elements_of(model: nn.Module, origin: Origin | None, value: Tensor) -> Eleme
     index = origin.flat_index(value.shape).to(parameter.device)
     name = origin.parameter
     mask = buffers.get(f"{public_name(name)}_mask") if name.endswith("_orig") else None
-    if mask is None:
-        kept = torch.ones_like(index, dtype=torch.bool)
-    else:
-        kept = mask.reshape(-1)[index] != 0
+    kept = torch.ones_like(index, dtype=torch.bool) if mask is None else mask.take(index) != 0
     found = Elements(parameter, index, kept)
     return found if torch.equal(found.value().to(value.dtype), value.detach()) else COMPUTED
 

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from ..errors import ArgumentError
 from ..masking import is_masked, refresh_masks, without_masks
 from ..ranks import alone, copy_first, summed
 from ..tracing.arguments import check_count, check_model, unwrapped
-from ..tracing.inputs import Arguments, batch_size
-from ..tracing.sandbox import on_cpu, same_random_states
+from ..tracing.inputs import Arguments
+from ..tracing.sandbox import on_cpu, ordinary, same_random_states
 from .batches import example_and_batches
-from .corrections import (
-    OTHER_DATA,
-    LayerError,
-    OtherDataError,
-    Pair,
-    correct_layer,
-    relative,
-    spread_of,
-)
-from .elements import SHARED, elements_of, put_back, saved, shared_parameters
+from .corrections import OTHER_DATA, LayerError, OtherDataError, Pair, correct_layer, relative
+from .elements import EMPTY, SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
 from .norm_corrections import correct_norm, correct_scale, shared_scales
 from .reference import check_reference, is_unpruned, outputs_of
 from .repair_result import RepairResult
 from .running import Known
+from .samples import held_out, output_error, sample_counts
 from .side_by_side import opened
+from .statistics import is_frozen_mean
 
-HELD = 4  # one in so many samples is held out
 DELAY = 1.0  # seconds before progress is shown
 Batches = Sequence[Arguments]
 
@@ -46,6 +38,7 @@ def repair(
     reference: nn.Module | None = None,
     *,
     steps: int = STEPS,
+    example_inputs: Any = None,
     progress: bool | None = None,
 ) -> RepairResult:
     """Repair a pruned model in place, by least squares on unlabelled batches.
@@ -58,19 +51,21 @@ def repair(
     is.
 
     Masks, masked elements, types, devices and parameters that do not require gradients stay as they
-    are. A model that fails to be repaired is left as it was. In a process group every rank must
-    repair, each on batches of its own: all begin with the model and the reference of the first,
-    whose statistics may differ, and their sums and errors are over the batches of all.
+    are, and so does the running mean of a batch norm whose scale and shift do not. A model that
+    fails to be repaired is left as it was. In a process group every rank must repair, each on
+    batches of its own: all begin with the model and the reference of the first, whose statistics
+    may differ, and their sums and errors are over the batches of all.
 
     Args:
         model: pruned by `prune`, or by any masks or zeros of your own. Compact it afterwards.
         batches: one batch, or an iterable of batches such as a `DataLoader`; a batch is a tensor,
             a tuple of arguments or a dict; labels beside the only input are left out. Without
-            them, noise of a shape that the model accepts.
+            them, noise of the shape of the example inputs.
         reference: the unpruned network; by default the model with its masks off, which is the
             unpruned one only if nothing but masks has changed since `prune`.
         steps: conjugate gradient steps for each of the ridges that are tried at a layer; with 0 no
             kernels change, but constants and the scales and shifts of norms.
+        example_inputs: as for `prune`, for noise; batches need none.
         progress: show a bar; by default on a terminal, if it takes seconds.
 
     Returns:
@@ -85,12 +80,14 @@ def repair(
     reference = _masks_off(model) if reference is None else reference
     check_reference(model, reference)
     check_count("steps", steps, least=0)
-    return repair_towards(model, batches, unwrapped(reference), {}, steps, progress)
+    data = example_and_batches(model, example_inputs, batches)[1]
+    return repair_towards(model, data, unwrapped(reference), {}, steps, progress)
 
 
+@ordinary()
 def repair_towards(
     model: nn.Module,
-    batches: Any,
+    batches: Iterable[Arguments],
     reference: nn.Module,
     known: Known,
     steps: int = STEPS,
@@ -103,13 +100,14 @@ def repair_towards(
     try:
         copy_first(model)
         copy_first(reference)
-        data = list(example_and_batches(model, None, batches)[1])
-        held = held_out([batch_size(batch) for batch in data])
+        data = list(batches)
+        sizes = sample_counts(reference, data)
+        held = held_out(sizes)
         wanted = outputs_of(reference, data)
-        before = output_error(outputs_of(model, data), wanted, held)
+        before, spread = output_error(outputs_of(model, data), wanted, held)
         with same_random_states(model):
             layers, skipped = _repair_all(model, reference, data, held, known, steps, progress)
-        after = output_error(outputs_of(model, data), wanted, held)
+        after, _ = output_error(outputs_of(model, data), wanted, held)
         if after > before:
             put_back(values)
             after = before
@@ -120,41 +118,11 @@ def repair_towards(
     finally:
         put_back(theirs)
         refresh_masks(model)
-    sizes = [batch_size(batch) for batch in data]
     chosen = sum(round(size * part) for size, part in zip(sizes, held, strict=True))
     samples, count = summed(torch.tensor([sum(sizes), chosen])).tolist()
     seconds = time.perf_counter() - began
+    before, after = relative(before, spread), relative(after, spread)
     return RepairResult(tuple(layers), before, after, samples - count, count, skipped, seconds)
-
-
-def held_out(sizes: Sequence[int]) -> list[float]:
-    """The fraction of every batch that is held out: a quarter, or each fourth of single samples.
-
-    Two samples at least, of four or more: one alone has no variance that errors could be relative
-    to.
-
-    >>> held_out([8, 3])
-    [0.25, 0.3333333333333333]
-    >>> held_out([4])
-    [0.5]
-    >>> held_out([1, 1, 1, 1])
-    [0.0, 1.0, 0.0, 1.0]
-    """
-    divisible = sum(size > 1 for size in sizes)
-    if divisible:
-        least = 2 if divisible == 1 else 1
-        return [max(min(least, size // 2), size // HELD) / size for size in sizes]
-    if len(sizes) < 2:
-        raise ArgumentError(
-            "batches hold one sample. Pass at least two: one in four is held out to choose by."
-        )
-    every = spacing(len(sizes), HELD)
-    return [float(number % every == every - 1) for number in range(len(sizes))]
-
-
-def spacing(samples: int, most: int) -> int:
-    """In how many single samples one is held out: `most`, or fewer where two would not be."""
-    return min(most, max(2, samples // 2))
 
 
 def _masks_off(model: nn.Module) -> nn.Module:
@@ -215,9 +183,10 @@ def _repair_piece(
     progress: bool | None,
 ) -> Iterator[LayerError | dict[str, str]]:
     """Correct the layers of one piece; yields their errors, or why they were left alone."""
-    stops = pairs[0].mine.stops
+    mine, theirs = pairs[0].mine, pairs[0].theirs
+    stops = mine.stops
     shared = shared_parameters(stop.block.weight for stop in stops if stop.block is not None)
-    shared |= shared_scales(pairs[0].mine)
+    shared |= shared_scales(mine)
     means, wanted = dict(model.named_buffers()), dict(reference.named_buffers())
     disable = None if progress is None else not progress
     bar = tqdm(stops, "fxlean: repair", delay=DELAY, leave=False, disable=disable)
@@ -226,8 +195,9 @@ def _repair_piece(
             if stop.scaled:
                 correct_scale(model, pairs, number, shared)
             elif stop.block is None:
-                name = pairs[0].theirs.stops[number].statistics
-                correct_norm(pairs, number, means[stop.statistics or ""], wanted[name or ""])
+                name, twin = (side.stops[number].statistics for side in (mine, theirs))
+                if name and twin and not is_frozen_mean(model, name):
+                    correct_norm(pairs, number, means[name], wanted[twin])
             else:
                 yield _repair_layer(model, pairs, number, shared, steps)
         except OtherDataError:
@@ -247,6 +217,8 @@ def _repair_layer(
     found = elements_of(model, weight.origin, weight.value)
     if weight.origin is not None and weight.origin.parameter in shared:
         found = SHARED
+    if not weight.value.any():
+        found = EMPTY
     if isinstance(found, str):
         return {weight.layer_name: found}
     return correct_layer(model, pairs, number, found, steps)
@@ -270,18 +242,3 @@ def _check_alike(pairs: Sequence[Pair], model: nn.Module, reference: nn.Module) 
             "cannot be compared with it. Pass the network that was pruned, and repair before "
             "fxlean.compact."
         )
-
-
-def output_error(
-    found: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]], held: Sequence[float]
-) -> float:
-    """Relative error of the outputs on held-out samples of all ranks; of those of equal shape."""
-    error, targets = 0.0, defaultdict[int, list[Tensor]](list)
-    for ours, theirs, part in zip(found, wanted, held, strict=True):
-        for number, (mine, target) in enumerate(zip(ours, theirs, strict=False)):
-            first = round(len(target) * (1 - part)) if target.dim() > 1 else 0
-            if mine.shape == target.shape and target.dim() > 1 and first < len(target):
-                error += float((mine[first:] - target[first:]).double().square().sum())
-                targets[number].append(target[first:])
-    total = float(summed(torch.tensor(error, dtype=torch.float64)))
-    return relative(total, sum(spread_of(found) for found in targets.values()))

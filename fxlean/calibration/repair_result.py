@@ -20,9 +20,10 @@ class RepairResult:
 
     Attributes:
         layers: each corrected layer's error with what the repaired layers before it feed it, before
-            and after its own correction.
+            and after its own correction; of the channels that have kernels left.
         before, after: the error of the model's outputs without and with all corrections; infinite
-            where the reference gives one value only, as a classifier does for one sample.
+            where the reference gives one value only, as a classifier does for one sample, and NaN
+            where it gives no floating-point tensor of the same shape.
         samples, held: number of samples that were solved for, and held out.
         skipped: layers that were left alone, and why.
         seconds: how long it took.

@@ -24,6 +24,7 @@ from ..tracing.inputs import Arguments, batch_size, in_parts
 from ..tracing.leaves import tensors_in
 from ..tracing.sandbox import same_random_states
 from ..tracing.tracer import Trace
+from .batches import told_if_constant
 from .contributions import Contributions
 from .moments import Moments
 from .overlaps import Overlap
@@ -59,6 +60,9 @@ def shares_of(
     Raises:
         ArgumentError: weights hold NaN or infinity, values become so, or a batch leads to another
             graph than the example inputs.
+
+    Warns:
+        PruneWarning: the inputs are one value only.
     """
     _check_weights(wired.wiring.blocks)
     blocks = wired.wiring.blocks if overlaps is not None else ()
@@ -66,7 +70,7 @@ def shares_of(
     measured = _Measured(graph, wired.wiring.blocks, shared)
     known: Known = {}
     remember_trace(known, trace, wired)
-    for batch in batches:
+    for batch in told_if_constant(batches):
         for part, found, own in _traced(model, batch, trace, wired, known):
             with same_random_states(model):
                 for piece, walked in zip(found.pieces, own.walks, strict=True):

@@ -10,35 +10,55 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..tracing.inputs import Arguments, call
+from .elements import put_back
 
 
 def measure_statistics(model: nn.Module, batches: Iterable[Arguments]) -> None:
-    """Measure the running statistics of all batch norms anew, in place: the mean over batches.
+    """Measure the running statistics of batch norms anew, in place: the mean over batches.
 
     Everything else runs as in eval mode. Training flags, momenta and the counts of batches are
-    put back. Each batch must hold more than one value for every channel.
+    put back, and after an error or an interruption the statistics as well. Each batch must hold
+    more than one value for every channel.
     """
     with batch_norms_training(model) as norms, torch.no_grad():
-        kept = [(norm, norm.momentum, norm.state_dict()) for norm in norms]
-        counts = [state["num_batches_tracked"].clone() for _, _, state in kept]
+        momenta = [norm.momentum for norm in norms]
+        before = {buffer: buffer.clone() for norm in norms for buffer in norm.buffers()}
+        counts = [norm.num_batches_tracked for norm in norms]
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None
             for arguments in batches:
                 call(model, arguments)
+        except BaseException:
+            put_back(before)
+            raise
         finally:
-            for (norm, momentum, state), count in zip(kept, counts, strict=True):
+            for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-                state["num_batches_tracked"].copy_(count)
+            put_back({count: before[count] for count in counts if count is not None})
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether a norm is not to change: it has parameters, and none of them requires gradients."""
+    own = list(norm.parameters(recurse=False))
+    return bool(own) and not any(parameter.requires_grad for parameter in own)
+
+
+def is_frozen_mean(model: nn.Module, name: str) -> bool:
+    """Whether a running mean, named as a buffer of a model, belongs to a frozen norm."""
+    return is_frozen(model.get_submodule(name.rpartition(".")[0]))
 
 
 @contextmanager
 def batch_norms_training(model: nn.Module) -> Iterator[list[_BatchNorm]]:
-    """Batch norms that keep statistics in training mode, everything else in eval mode."""
+    """Batch norms that keep statistics in training mode, everything else in eval mode.
+
+    Frozen ones are left out.
+    """
     flags = {module: module.training for module in model.modules()}
     modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    norms = [module for module in modules if module.running_mean is not None]
+    norms = [norm for norm in modules if norm.running_mean is not None and not is_frozen(norm)]
     try:
         model.eval()
         for norm in norms:

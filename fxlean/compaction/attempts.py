@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -18,7 +17,7 @@ from ..masking import without_masks
 from ..tracing.arguments import check_model, unwrapped
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
-from ..tracing.sandbox import copied, evaluating, on_cpu, paused_collection
+from ..tracing.sandbox import copied, evaluating, on_cpu, ordinary, paused_collection
 from ..tracing.tracer import Trace, trace_model
 from .cut import count_groups, narrow_parameter, part_of, shell, shrink
 from .exported.writer import rewritten
@@ -31,7 +30,7 @@ from .verify import Check, outputs
 from .walk import slots_of
 
 
-@torch.inference_mode(False)
+@ordinary()
 @paused_collection()
 def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     """An ordinary model that computes the same with only what pruning has left.

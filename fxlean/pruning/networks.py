@@ -18,7 +18,7 @@ from ..errors import ArgumentError, by_reason
 from ..selection.methods import SHARE
 from ..tracing.arguments import resolve_ignored, unwrapped
 from ..tracing.inputs import Arguments
-from ..tracing.sandbox import on_cpu, paused_collection
+from ..tracing.sandbox import on_cpu, ordinary, paused_collection
 from ..tracing.tracer import Trace, trace_model
 from .lengths import with_norms
 from .options import check
@@ -55,7 +55,7 @@ def trace(
         include_linear=include_linear,
     )
     model = unwrapped(model)
-    with torch.inference_mode(False), paused_collection():
+    with ordinary(), paused_collection():
         example_inputs, batches = example_and_data(model, example_inputs, norm, calibration)
         traced = trace_model(model, example_inputs)
         wired = wire(model, traced)

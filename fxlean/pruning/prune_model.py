@@ -17,7 +17,7 @@ from ..errors import PruneWarning, warn
 from ..ranks import agreed
 from ..selection.methods import METHODS, SHARE
 from ..tracing.arguments import check_finite, unwrapped
-from ..tracing.sandbox import paused_collection
+from ..tracing.sandbox import ordinary, paused_collection
 from ..tracing.tracer import trace_model
 from .choice import choose_channels, choose_kernels
 from .latency import latency_on
@@ -129,8 +129,12 @@ def prune(
     from ..selection.jit import when_compiling  # here, because numba takes long to import
     from ..selection.liveness import used_kernels, zero_channels
 
-    eager = torch.inference_mode(False)  # masks are to be ordinary tensors
-    with eager, paused_collection(), Stages(progress) as stages, when_compiling(stages.compiling):
+    with (
+        ordinary(),
+        paused_collection(),
+        Stages(progress) as stages,
+        when_compiling(stages.compiling),
+    ):
         stages.start("trace")
         example_inputs, batches = example_and_data(model, example_inputs, order, calibration)
         trace = trace_model(model, example_inputs)

@@ -11,9 +11,9 @@ from torch import nn
 from ..calibration.batches import example_and_batches, restartable
 from ..calibration.repair_model import repair_towards
 from ..calibration.running import Known
-from ..tracing.arguments import check_traceable, unwrapped
+from ..tracing.arguments import check_traceable, check_unfrozen, unwrapped
 from ..tracing.rehearsal import rehearsed
-from ..tracing.sandbox import copied
+from ..tracing.sandbox import copied, untouched
 from .options import check, check_names
 from .prune_model import prune
 from .result import PruneResult
@@ -63,6 +63,7 @@ def iterate(
         rehearsed(unwrapped(model), example_inputs)
     options["calibration"] = restartable(options.get("calibration"))
     if repair:
+        check_unfrozen(model)
         return _repaired(model, copied(unwrapped(model)), ratios, example_inputs, options)
     return (prune(model, ratio, example_inputs, **options) for ratio in ratios)
 
@@ -78,7 +79,8 @@ def _repaired(
     known: Known = {}
     network, progress = unwrapped(model), options.get("progress")
     for ratio in ratios:
-        result = prune(model, ratio, example_inputs, **options)
-        _, batches = example_and_batches(network, example_inputs, options["calibration"])
-        found = repair_towards(network, list(batches), reference, known, progress=progress)
+        with untouched(network, always=False):  # a step whose repair fails is none
+            result = prune(model, ratio, example_inputs, **options)
+            _, batches = example_and_batches(network, example_inputs, options["calibration"])
+            found = repair_towards(network, batches, reference, known, progress=progress)
         yield replace(result, repair=found)

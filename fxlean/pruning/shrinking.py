@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isnan
 from numbers import Real
 from typing import Any
 
@@ -13,13 +14,14 @@ from ..calibration.batches import example_and_batches
 from ..calibration.distillation import check_trainable
 from ..calibration.distillation import distill as distill_model
 from ..calibration.reference import outputs_of
-from ..calibration.repair_model import output_error, repair_towards, spacing
+from ..calibration.repair_model import repair_towards
 from ..calibration.running import Known
+from ..calibration.samples import relative_output_error, sample_counts, spacing
 from ..compaction.attempts import compact
 from ..costs import report
 from ..errors import ArgumentError, counted, shown
-from ..tracing.arguments import check_count, check_traceable, unwrapped
-from ..tracing.inputs import Arguments, batch_size, some_samples
+from ..tracing.arguments import check_count, check_traceable, check_unfrozen, unwrapped
+from ..tracing.inputs import Arguments, some_samples
 from ..tracing.sandbox import copied
 from .options import check, check_names
 from .prune_model import prune
@@ -55,8 +57,8 @@ def shrink(
         batches: unlabelled: one, or an iterable such as a `DataLoader`, of tensors, tuples of
             arguments or dicts; labels beside the only input are left out. Without them, noise of
             the shape of the example inputs, which costs accuracy.
-        tolerance: in place of a ratio, the relative error of the outputs (mean squared error over
-            variance) on held-out samples up to which the network shrinks.
+        tolerance: in place of a ratio, the relative error of the outputs (root mean squared error
+            over standard deviation) on held-out samples up to which the network shrinks.
         rounds: of pruning and repair, on the way to the ratio.
         distill: steps of `fxlean.distill` at the end, whose result is kept if it is better on the
             samples held out.
@@ -78,11 +80,16 @@ def shrink(
     bare = unwrapped(model)
     check_traceable(bare)
     example, found = example_and_batches(bare, example_inputs, batches)
-    data, held = _split(list(found))
+    data, held = _split(bare, list(found))
     wanted = outputs_of(bare, held)
+    if tolerance is not None and isnan(relative_output_error(wanted, wanted)):
+        raise ArgumentError(
+            f"{type(bare).__name__} returns no floating-point tensor, so its outputs have no error "
+            f"to hold against tolerance={tolerance:g}. Pass a ratio."
+        )
 
     def error_of(candidate: nn.Module) -> float:
-        return output_error(outputs_of(candidate, held), wanted, [1.0] * len(held))
+        return relative_output_error(outputs_of(candidate, held), wanted)
 
     given |= {"calibration": data, "progress": progress}
     work = copied(bare)
@@ -103,19 +110,21 @@ def shrink(
     return small
 
 
-def _split(batches: Sequence[Arguments]) -> tuple[list[Arguments], list[Arguments]]:
+def _split(
+    model: nn.Module, batches: Sequence[Arguments]
+) -> tuple[list[Arguments], list[Arguments]]:
     """Batches to calibrate on, and those held out: an eighth of each, or of single samples."""
-    samples = sum(map(batch_size, batches))
+    sizes = sample_counts(model, batches)
+    samples = sum(sizes)
     if samples < 3:
         raise ArgumentError(
-            f"batches hold {counted(samples, 'sample')}. Pass at least three, better some hundred: "
-            "a part is held out."
+            f"batches hold {counted(samples, 'sample')}. Pass at least three, better some hundred, "
+            "of which a part is held out. A batch that is taken only as a whole counts as one."
         )
     data, held = [], []
     # One sample alone has no variance that its error could be relative to.
     every = spacing(len(batches), HELD)
-    for number, batch in enumerate(batches):
-        size = batch_size(batch)
+    for number, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
         if size > 1:
             first = size - max(min(2, size // 2), size // HELD)
             data.append(some_samples(batch, slice(0, first)))
@@ -178,5 +187,6 @@ def _check(
         )
     check_count("rounds", rounds)
     check_count("distill", distill, least=0)
+    check_unfrozen(model)
     if distill:
         check_trainable(model)

@@ -72,6 +72,15 @@ def check_traceable(model: nn.Module) -> None:
     _check_tensors([*model.named_parameters(), *model.named_buffers()])
 
 
+def check_unfrozen(model: nn.Module) -> None:
+    """Reject a model of which no parameter may change."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ArgumentError(
+            f"no parameter of {type(model).__name__} requires gradients, so none may change. Set "
+            "requires_grad where weights may change, model.requires_grad_(True) for all."
+        )
+
+
 def _quantises(module: nn.Module) -> bool:
     """Whether a module observes or imitates quantisation, if anybody has loaded such modules."""
     kinds = {"observer": "ObserverBase", "fake_quantize": "FakeQuantizeBase"}

@@ -51,20 +51,21 @@ def as_arguments(example_inputs: Any) -> Arguments:
             f"example_inputs is a dict with keys {reprlib.repr([*arguments])}, which are no names "
             "of arguments. Pass (inputs,) for a model that takes a dictionary."
         )
-    _check_tensors(tensors)
+    check_tensors(tensors, "example_inputs")
     return arguments
 
 
-def _check_tensors(tensors: Sequence[Tensor]) -> None:
+def check_tensors(tensors: Sequence[Tensor], what: str) -> None:
+    """Reject inputs, called `what` in the message, that are empty or compute in their own way."""
     for tensor in tensors:
         if not tensor.numel() and (tensor.dim() > 2 or len(tensors) == 1):
             raise ArgumentError(
-                f"example_inputs holds an empty tensor of shape {tuple(tensor.shape)}, on which no "
+                f"{what} holds an empty tensor of shape {tuple(tensor.shape)}, on which no "
                 "layer can be seen at work. Pass at least one sample."
             )
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise ArgumentError(
-                f"example_inputs holds a {type(tensor).__name__}, a tensor that computes in its "
+                f"{what} holds a {type(tensor).__name__}, a tensor that computes in its "
                 "own way and cannot be traced. Pass a torch.Tensor."
             )
 
@@ -75,8 +76,13 @@ def call(model: nn.Module, arguments: Arguments) -> Any:
 
 
 def batch_size(batch: Arguments) -> int:
-    """Number of samples of a batch."""
-    return max([1, *(tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim())])
+    """Number of samples of a batch: the first size of its tensors of most dimensions, of images.
+
+    Of several the largest, since others may be for all samples; tables beside images do not count.
+    """
+    tensors = [tensor for tensor in tensors_in(batch) if tensor.dim()]
+    most = max((tensor.dim() for tensor in tensors), default=0)
+    return max([1, *(tensor.shape[0] for tensor in tensors if tensor.dim() == most)])
 
 
 def some_samples(batch: Arguments, which: slice | Tensor) -> Arguments:
@@ -96,7 +102,7 @@ def in_parts(batch: Arguments, size: int) -> Iterator[Arguments]:
     """A batch in parts of so many samples; the first of them fill the last part up."""
     count = batch_size(batch)
     for start in range(0, count, size):
-        yield some_samples(batch, torch.arange(start, start + size) % count)
+        yield some_samples(batch, torch.arange(start, start + size, device="cpu") % count)
 
 
 def guesses(model: nn.Module) -> Iterator[Arguments]:

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,20 @@ from .snapshot import Snapshot
 
 # Tracing and random states are of the whole process, so one thread at a time has them.
 LOCK = threading.RLock()
+AUTOCAST = ("cpu", "cuda")
+
+
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Neither inference mode nor autocast, in which a caller may be: values as the model has them.
+
+    What is made there are ordinary tensors, that can be trained.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        for kind in filter(torch.is_autocast_enabled, AUTOCAST):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager
@@ -67,8 +81,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints whatever does not fit
     silent = log.disabled
-    eager = torch.inference_mode(False)
-    with untouched(model), eager, torch.no_grad(), warnings.catch_warnings(), _uncompiled():
+    with untouched(model), ordinary(), torch.no_grad(), warnings.catch_warnings(), _uncompiled():
         warnings.simplefilter("ignore")
         for module in model.modules():
             module.training = False

@@ -43,6 +43,7 @@ ONE = (2, 3, 8, 8)
         ([IMAGES[:2], IMAGES[2:4]], [[ONE], [ONE]]),
         (iter([IMAGES[:2]]), [[ONE]]),
         (IMAGES.split(2), [[ONE]] * 3),
+        (IMAGES.split([4, 2]), [[(4, 3, 8, 8)], [ONE]]),
         ([{"input": IMAGES[:2]}], [[ONE]]),
         ((IMAGES, LABELS), [[(6, 3, 8, 8)]]),
         (DataLoader(TensorDataset(IMAGES, LABELS), 4), [[(4, 3, 8, 8)], [ONE]]),
@@ -63,13 +64,20 @@ def test_two_arguments_that_the_model_takes_are_no_labels():
     ("batches", "message"),
     [
         (3, r"batches is a int. Pass an iterable of batches, each a tensor"),
-        (IMAGES.split(3), r"two tensors alike: two batches, or inputs and targets\? Pass a list"),
+        (
+            IMAGES.split(3),
+            r"two tensors of one shape: two batches, or inputs and targets\? Pass a list",
+        ),
         ([], r"batches is empty. Pass at least one"),
         (["images"], r"batch 0 is a str. Pass a tensor"),
         ([(IMAGES, LABELS, LABELS)], r"(?s)rejects batch 0.*drop them: \(images for images, lab"),
         (IMAGES[:, :2], r"(?s)Sequential rejects batch 0, \(6, 2, 8, 8\): RuntimeError"),
         ([IMAGES, LABELS], r"(?s)Sequential rejects batch 1, \(6,\): "),
         ({"image": IMAGES}, r"(?s)keys image, which Sequential.forward does not take.*Leave out"),
+        (
+            [IMAGES[:0]],
+            r"batch 0 holds an empty tensor of shape \(0, 3, 8, 8\).*at least one sample",
+        ),
         ([IMAGES, IMAGES / 0], r"batch 1 holds NaN or infinity. Leave such samples out"),
     ],
 )
@@ -174,3 +182,33 @@ def test_inputs_are_guessed_where_there_are_neither_inputs_nor_batches():
     model = nn.Sequential(conv(3, 4), nn.Flatten(), nn.Linear(4, 2))
     with pytest.raises(fxlean.ArgumentError, match="Sequential accepts none of the inputs tried"):
         example_and_batches(model, None, None)
+
+
+def test_nothing_takes_the_place_of_whole_numbers():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ReLU(), nn.Conv1d(6, 2, 3))
+            self.table = nn.Embedding(9, 4)
+
+        def forward(self, words):
+            return self.body(self.table(words).mT)
+
+    words = torch.randint(9, (2, 8))
+    model = Text()
+    before = state(model)
+    with pytest.raises(
+        fxlean.ArgumentError, match=r"example_inputs, \(2, 8\), holds no float.*Pass"
+    ):
+        fxlean.prune(model, 0.5, words, method="relevance")
+    assert same_state(model.state_dict(), before)
+    assert fxlean.prune(model, 0.5, method="relevance", calibration=words).calibration == "batches"
+
+
+@pytest.mark.parametrize("value", [0.0, 3.7])
+def test_batches_of_one_value_are_told(value):
+    model = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 2, 1))
+    constant = torch.full((2, 3, 8, 8), value)
+    with pytest.warns(fxlean.PruneWarning, match="values of the batches are equal.*real batches"):
+        fxlean.prune(model, 0.5, method="relevance", calibration=[constant, constant])
+    fxlean.prune(model, 0.4, method="relevance", calibration=[constant, constant + 1])

@@ -1,6 +1,7 @@
 """Training towards the unpruned network, on masked and on compacted models."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_what_stays_as_it_was():
     model[0].train()
     model[0][0].weight_orig.grad = given = torch.ones(8, 3, 3, 3)
     model[1].branches[0].register_forward_hook(lambda module, *_: flags.append(module[3].training))
-    fxlean.distill(model, X, reference, 2)
+    fxlean.distill(model, X, reference, 60, rate=0.01)
     assert same_state(frozen.state_dict(), before)
     assert model[0].training
     assert not model.training
@@ -127,18 +128,88 @@ def test_weights_that_are_too_coarse_to_train():
         fxlean.shrink(reference, 0.5, X.half(), distill=2)
 
 
+def regressor(form):
+    """A network that gives a number for each sample; `form` makes of it what the model returns."""
+
+    class Regressor(nn.Module):
+        def __init__(self):
+            super().__init__()
+            body = [conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+            self.body = nn.Sequential(*body, nn.Flatten(), nn.Linear(8, 1))
+
+        def forward(self, x):
+            return form(self.body(x))
+
+    torch.manual_seed(0)
+    model = Regressor().eval()
+    reference = copy.deepcopy(model)
+    fxlean.prune(model, 0.5, X[:1], method="path")
+    return model, reference
+
+
+@pytest.mark.parametrize("size", [[64], [1] * 64, [63, 1]])
+def test_the_split_into_batches_does_not_change_what_an_error_is_relative_to(size):
+    model, reference = regressor(lambda y: y)
+    before = error(model, reference)
+    fxlean.distill(model, X.split(size), reference, 100)
+    assert error(model, reference) < 0.5 * before
+
+
+def test_what_is_constant_does_not_count():
+    ours, theirs = regressor(lambda y: (y, torch.ones(3) / 3, y.softmax(1)))
+    plain, _ = regressor(lambda y: y)
+    fxlean.distill(ours, X.split(16), theirs, 20)
+    fxlean.distill(plain, X.split(16), regressor(lambda y: y)[1], 20)
+    assert same_state(ours.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda y: y.argmax(1), "returns no floating-point tensor that varies"),
+        (lambda y: y.softmax(1), "returns no floating-point tensor that varies"),
+        (lambda y: y.detach(), "does not depend on a parameter that requires gradients"),
+    ],
+)
+def test_outputs_that_say_nothing(form, message):
+    model, reference = regressor(form)
+    before = state(model)
+    with pytest.raises(fxlean.ArgumentError, match=message):
+        fxlean.distill(model, X, reference, 3)
+    assert same_state(model.state_dict(), before)
+
+
+def test_a_training_that_makes_it_worse_is_undone():
+    model, reference = network()
+    before = state(model)
+    with pytest.warns(fxlean.PruneWarning, match=r"relative error of the outputs of Seq.*put back"):
+        fxlean.distill(model, X.split(16), reference, 3, rate=1.0)
+    assert same_state(model.state_dict(), before)
+
+
+def test_in_inference_mode_and_with_models_that_draw_numbers():
+    model, reference = regressor(lambda y: y + 0 * torch.rand_like(y))
+    twin, _ = regressor(lambda y: y)
+    numbers = torch.get_rng_state()
+    fxlean.distill(model, X.split(16), reference, 20)
+    assert torch.equal(torch.get_rng_state(), numbers)
+    with torch.inference_mode():
+        fxlean.distill(twin, [2 * x / 2 for x in X.split(16)], reference, 20)
+    assert same_state(model.state_dict(), twin.state_dict())
+
+
 def test_what_was_learned_before_an_interruption_stays(monkeypatch):
     model, reference = network()
     before, calls = state(model), []
 
-    def interrupted(found, wanted):
-        calls.append(found)
-        if len(calls) == 3:
+    def interrupted(goal, *given):
+        calls.append(given)
+        if len(calls) == 7:  # of these, four for the error at the beginning
             raise KeyboardInterrupt
-        return loss(found, wanted)
+        return loss(goal, *given)
 
-    loss = distillation._loss
-    monkeypatch.setattr(distillation, "_loss", interrupted)
+    loss = distillation._Goal.loss
+    monkeypatch.setattr(distillation._Goal, "loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fxlean.distill(model, X.split(16), reference, 9)
     assert not same_state(model.state_dict(), before)
@@ -154,3 +225,25 @@ def test_statistics_are_the_means_over_batches():
     assert norm.momentum == 0.7
     assert norm.num_batches_tracked == 0
     assert not norm.training
+
+
+@pytest.mark.parametrize("stop", [None, RuntimeError, KeyboardInterrupt])
+def test_statistics_are_all_measured_or_none(stop):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False))
+    with torch.no_grad():
+        model.train()(X)
+    model[0].requires_grad_(False)
+    before = state(model)
+
+    def batches():
+        yield (X[:32] + 1,)
+        if stop is not None:
+            raise stop
+        yield (X[32:],)
+
+    with nullcontext() if stop is None else pytest.raises(stop):
+        measure_statistics(model, batches())
+    changed = [key for key, value in model.state_dict().items() if not value.equal(before[key])]
+    assert changed == [] if stop else all(key.startswith(("1.run", "2.run")) for key in changed)
+    assert len(changed) == (0 if stop else 4)
+    assert model.training

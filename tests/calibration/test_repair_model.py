@@ -200,6 +200,48 @@ def test_frozen_parameters_stay():
         fxlean.repair(model.requires_grad_(False), x, reference)
 
 
+def test_running_means_of_frozen_norms_stay():
+    model, x = residual_network()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms[0].requires_grad_(False)  # reads a layer without a bias
+    reference = pruned(model, 0.5, x)
+    before = [norm.running_mean.clone() for norm in norms]
+    result = fxlean.repair(model, x, reference)
+    assert result.after < result.before
+    changed = [not norm.running_mean.equal(m) for norm, m in zip(norms, before, strict=True)]
+    assert not changed[0]
+    assert any(changed)
+
+
+@pytest.mark.parametrize("order", [torch.channels_last, torch.contiguous_format])
+def test_the_order_of_elements_in_memory_makes_no_difference(order):
+    model, x = residual_network()
+    other = copy.deepcopy(model).to(memory_format=order)
+    weight = other[3].weight
+    other[3].weight = nn.Parameter(weight.transpose(0, 1).contiguous().transpose(0, 1))
+    for network in (model, other):
+        pruned(network, 0.5, x)
+    layouts = {name: tensor.stride() for name, tensor in other.named_parameters()}
+    result, expected = fxlean.repair(other, x.to(memory_format=order)), fxlean.repair(model, x)
+    assert result.after == pytest.approx(expected.after, rel=1e-3)
+    for name, tensor in other.named_parameters():
+        assert tensor.stride() == layouts[name]
+        torch.testing.assert_close(tensor, model.get_parameter(name), atol=1e-3, rtol=1e-3)
+
+
+def test_errors_of_layers_are_of_what_is_left():
+    model, x = residual_network()
+    reference = copy.deepcopy(model)
+    first, gone = model[0][0], model[2].branches[0][0][0]
+    for layer, channels in ((first, slice(4, None)), (gone, slice(None))):
+        mask = torch.ones_like(layer.weight)
+        mask[channels] = 0
+        prune.custom_from_mask(layer, "weight", mask)
+    result = fxlean.repair(model, x, reference)
+    assert result.layers[0] == corrections.LayerError("0.0", 0, 0)
+    assert result.skipped == {"2.branches.0.0.0": "none of its kernels is left"}
+
+
 def test_without_steps_only_constants_change():
     model, x = residual_network()
     reference = pruned(model, 0.3, x)
@@ -290,7 +332,7 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone(monkeypatch):
     model, x = residual_network()
     reference = pruned(model, 0.5, x)
     before = state(model)
-    errors = iter([0.5, 0.6])
+    errors = iter([(0.25, 1.0), (0.36, 1.0)])
     monkeypatch.setattr(repair_model, "output_error", lambda *_: next(errors))
     result = fxlean.repair(model, x, reference)
     assert (result.before, result.after) == (0.5, 0.5)
@@ -437,3 +479,42 @@ def test_rounds_on_noise_and_with_batches_that_are_read_once():
         results = list(fxlean.iterate(model, 0.4, 2, **options))
         assert all(result.repair.after < result.repair.before for result in results)
         assert results[0].calibration == ("noise" if calibration is None else "batches")
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_step_whose_repair_fails_is_none(monkeypatch, failure, done):
+    def fail(*_):
+        raise failure
+
+    model, x = residual_network()
+    steps = fxlean.iterate(model, 0.3, 3, method="l1", calibration=x, repair=True)
+    for _ in range(done):
+        next(steps)
+    before, attributes = state(model), set(vars(model[0][0]))
+    monkeypatch.setattr(repair_model, "correct_layer", fail)
+    with pytest.raises(failure):
+        next(steps)
+    assert same_state(model.state_dict(), before)
+    assert set(vars(model[0][0])) == attributes
+
+
+def test_rounds_of_a_frozen_model_are_refused_at_the_call():
+    model, x = residual_network()
+    model.requires_grad_(False)
+    before = state(model)
+    with pytest.raises(fxlean.ArgumentError, match=r"no parameter of Sequential requires grad"):
+        fxlean.iterate(model, 0.3, 3, method="l1", calibration=x, repair=True)
+    with pytest.raises(fxlean.ArgumentError, match=r"model\.requires_grad_\(True\) for all"):
+        fxlean.shrink(model, 0.3, x)
+    assert same_state(model.state_dict(), before)
+
+
+def test_noise_of_the_shape_of_the_example_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.Flatten(), nn.Linear(8 * 25, 3))
+    x = torch.randn(1, 3, 5, 5)
+    fxlean.prune(model, 0.6, x, method="path")
+    with pytest.raises(fxlean.ArgumentError, match=r"Pass example_inputs, or batches"):
+        fxlean.repair(model)
+    assert fxlean.repair(model, example_inputs=x).after < 1

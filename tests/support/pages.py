@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fxlean.calibration.statistics import measure_statistics
 from tests.support.blocks import Anchored, conv_bn, conv_bn_relu, residual
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,7 @@ def _everything():
         nn.Linear(8, 4),
     )
     images, labels = torch.randn(64, 3, 12, 12), torch.arange(64) % 4
+    measure_statistics(model, [(images,)])  # as a trained network has them
     return {
         "model": model,
         "images": images,

@@ -13,6 +13,7 @@ from fxlean.tracing.functions import functions_as_code
 from fxlean.tracing.sandbox import running
 from fxlean.tracing.tracer import trace_model
 from tests.support.blocks import conv, conv_bn_relu
+from tests.support.compare import same_state
 from tests.support.zoo import make
 
 pytestmark = pytest.mark.filterwarnings(
@@ -240,3 +241,21 @@ def test_what_a_model_draws_leaves_the_random_state_as_it_was(call):
     before = torch.get_rng_state()
     call(model, x)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("granularity", ["kernel", "channel"])
+def test_inside_autocast_everything_is_as_outside(granularity):
+    def run():
+        model = plain()
+        fxlean.prune(
+            model, 0.5, IMAGE, method="relevance", calibration=IMAGE, granularity=granularity
+        )
+        fxlean.repair(model, IMAGE)
+        return model, fxlean.compact(model, IMAGE), str(fxlean.report(model, IMAGE))
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run()
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert same_state(ours.state_dict(), theirs.state_dict())
+    assert found[2] == expected[2]
