@@ -84,7 +84,6 @@ def distill(
                 _train(model, goal, falling, bar)
             measure_statistics(model, goal.batches)
             copy_first(model)
-            refresh_masks(model)
             after = goal.error(model)
             if not after <= before:
                 put_back(values)

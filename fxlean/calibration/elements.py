@@ -40,8 +40,9 @@ class Elements:
         """Add a change, of the shape of the value, to the elements that are kept."""
         with torch.no_grad():
             where = self.index[self.kept]
-            wide = self.parameter.data.take(where).to(change.dtype) + change[self.kept]
-            self.parameter.data.put_(where, wide.to(self.parameter.dtype))
+            wide = self.parameter.take(where).to(change.dtype) + change[self.kept]
+            places = torch.unravel_index(where, self.parameter.shape)
+            self.parameter.data[places] = wide.to(self.parameter.dtype)
 
 
 def elements_of(model: nn.Module, origin: Origin | None, value: Tensor) -> Elements | str:
