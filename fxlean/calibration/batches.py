@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, PruneWarning, warn
-from ..tracing.inputs import Arguments, as_arguments, call, check_tensors, describe, guesses
+from ..tracing.inputs import (
+    Arguments,
+    as_arguments,
+    call_on_copies,
+    check_tensors,
+    describe,
+    guesses,
+)
 from ..tracing.leaves import replaced, tensors_in
 from ..tracing.sandbox import running
 from .noise import noise_batches
@@ -197,7 +204,7 @@ def _rejects(model: nn.Module, arguments: Arguments) -> Exception | None:
     """What the model raises for these arguments, if anything."""
     with running(model):
         try:
-            call(model, arguments)
+            call_on_copies(model, arguments)
         except Exception as err:  # whatever the model raises for what it rejects
             return err
     return None

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from ..errors import ArgumentError, PruneWarning, shown, warn
+from ..errors import ArgumentError, PruneWarning, first_line, shown, warn
 from ..masking import refresh_masks
 from ..ranks import averaged, copy_first, summed
 from ..tracing.arguments import check_count, check_model, check_unfrozen, unwrapped
-from ..tracing.inputs import Arguments, call
-from ..tracing.leaves import replaced
-from ..tracing.sandbox import running, same_random_states
-from .batches import read_batches
+from ..tracing.inputs import Arguments, call_on_copies, describe
+from ..tracing.sandbox import ordinary, running, same_random_states
+from ..tracing.snapshot import Snapshot
+from .batches import form_of, read_batches
 from .corrections import mean_of
 from .elements import put_back, saved
-from .reference import check_reference, floats_of, outputs_of
+from .reference import check_reference, floats_of, wanted_of
 from .repair_model import DELAY
 from .statistics import batch_norms_training, measure_statistics
 
@@ -69,14 +69,20 @@ def distill(
     """
     _check(model, reference, steps, rate)
     model, reference = unwrapped(model), unwrapped(reference)
-    with torch.inference_mode(False), same_random_states(model):
-        goal = _Goal(reference, [_usable(batch) for batch in read_batches(model, batches)])
+    with ordinary(), same_random_states(model):
+        goal = _Goal(reference, list(read_batches(model, batches)))
+        check_training(model, goal.batches)
         before = goal.error(model)
-        values = saved(model)
+        snapshot, values = Snapshot(model), saved(model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         gradients = [parameter.grad for parameter in parameters]
         disable = None if progress is None else not progress
         bar = tqdm(range(steps), "fxlean: distill", delay=DELAY, leave=False, disable=disable)
+
+        def undo() -> None:
+            snapshot.put_back()
+            put_back(values)
+
         try:
             optimizer = torch.optim.Adam(parameters, rate)
             falling = LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -86,7 +92,7 @@ def distill(
             copy_first(model)
             after = goal.error(model)
             if not after <= before:
-                put_back(values)
+                undo()
                 warn(
                     f"the relative error of the outputs of {type(model).__name__} became "
                     f"{after:.2g}, from {before:.2g}, so it was put back. Pass a smaller rate, "
@@ -94,7 +100,7 @@ def distill(
                     PruneWarning,
                 )
         except Exception:  # whatever: the model is to be as it was
-            put_back(values)
+            undo()
             raise
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -102,10 +108,19 @@ def distill(
             refresh_masks(model)
 
 
-def _usable(batch: Arguments) -> Arguments:
-    """The batch with tensors that a backward pass takes, also of those from inference mode."""
-    usable: Arguments = replaced(batch, lambda x: x.clone() if x.is_inference() else x)
-    return usable
+def check_training(model: nn.Module, batches: Sequence[Arguments]) -> None:
+    """Reject batches that batch norms cannot train on: of one sample, where no positions are."""
+    forms = {form_of(batch): number for number, batch in reversed(list(enumerate(batches)))}
+    for number in sorted(forms.values()):
+        with running(model), batch_norms_training(model):
+            try:
+                call_on_copies(model, batches[number])
+            except Exception as err:  # whatever the model raises
+                raise ArgumentError(
+                    f"{type(model).__name__} rejects batch {number}, {describe(batches[number])}, "
+                    f"with its batch norms in training mode: {first_line(err)}. Pass larger "
+                    "batches; a DataLoader leaves a small last one out with drop_last=True."
+                ) from err
 
 
 class _Goal:
@@ -117,30 +132,42 @@ class _Goal:
 
     def __init__(self, reference: nn.Module, batches: Sequence[Arguments]) -> None:
         self.batches = batches
-        self._wanted = outputs_of(reference, batches)
-        self._variances = _variances(self._wanted)
+        self._wanted = wanted_of(reference, batches)
+        self._finite = [[tensor.isfinite() for tensor in tensors] for tensors in self._wanted]
+        self._variances = _variances(self._wanted, self._finite)
+        if not any(self._wanted):
+            raise ArgumentError(
+                f"the reference {type(reference).__name__} returns no floating-point tensor, so "
+                "there is nothing to come nearer to. Pass networks that return one, such as logits."
+            )
         if not self._variances:
             raise ArgumentError(
-                f"the reference {type(reference).__name__} returns no floating-point tensor that "
-                "varies over the batches, so there is nothing to come nearer to. Pass more batches."
+                f"what the reference {type(reference).__name__} returns does not vary over the "
+                "batches, so there is nothing to come nearer to. Pass more batches."
             )
 
     def loss(self, model: nn.Module, number: int) -> Tensor:
-        """The squared error of every output on a batch, relative to its variance, added up."""
-        found, wanted = floats_of(call(model, self.batches[number])), self._wanted[number]
+        """The squared error of every output on a batch, relative to its variance, added up.
+
+        Over what is finite in the reference.
+        """
+        found, wanted = floats_of(call_on_copies(model, self.batches[number])), self._wanted[number]
         shapes, expected = ([tuple(t.shape) for t in tensors] for tensors in (found, wanted))
         if shapes != expected:
             raise ArgumentError(
                 f"the model returns shapes {shapes}, the reference {expected}. Pass the network "
-                "that was pruned as reference."
+                "that was pruned as reference, and batches on which the number of outputs does not "
+                "depend on their values."
             )
-        pairs = list(zip(found, wanted, strict=True))
-        errors = [
-            (pairs[place][0] - pairs[place][1]).square().mean() / variance
-            for place, variance in self._variances.items()
-            if place < len(pairs)
-        ]
-        return torch.stack(errors).sum() if errors else torch.zeros(())
+        errors = [torch.zeros((), device=found[0].device)] if found else []
+        for place, (ours, theirs, kept) in enumerate(
+            zip(found, wanted, self._finite[number], strict=True)
+        ):
+            if place in self._variances and kept.any():
+                # Not infinity less infinity, whose gradient is NaN wherever it is left out.
+                difference = ours[kept] - theirs[kept]
+                errors.append(difference.square().mean() / self._variances[place])
+        return torch.stack(errors).sum()
 
     def error(self, model: nn.Module) -> float:
         """The root of the mean loss over the batches of all ranks, in eval mode."""
@@ -149,22 +176,24 @@ class _Goal:
         return float(averaged(torch.stack(losses).double().mean()).sqrt())
 
 
-def _variances(outputs: Sequence[Sequence[Tensor]]) -> dict[int, float]:
-    """The variance of each output over all batches of all ranks, by its place.
+def _variances(
+    outputs: Sequence[Sequence[Tensor]], finite: Sequence[Sequence[Tensor]]
+) -> dict[int, float]:
+    """The variance of what is finite in each output, over all batches of all ranks, by its place.
 
     Not of those that are constant but for rounding.
     """
     places: defaultdict[int, list[Tensor]] = defaultdict(list)
-    for tensors in outputs:
-        for place, tensor in enumerate(tensors):
-            places[place].append(tensor.reshape(1, -1).double())
+    for tensors, kept in zip(outputs, finite, strict=True):
+        for place, (tensor, index) in enumerate(zip(tensors, kept, strict=True)):
+            places[place].append(tensor[index].reshape(1, -1).double())
     found = {}
     for place, parts in places.items():
         mean = mean_of(parts)
         deviations = torch.stack([(part - mean).square().sum() for part in parts]).sum()
-        count = torch.tensor(sum(part.numel() for part in parts))
-        variance = float(summed(deviations)) / int(summed(count))
-        if not variance <= ROUNDING * float(mean) ** 2:
+        count = int(summed(torch.tensor(sum(part.numel() for part in parts))))
+        variance = float(summed(deviations)) / max(1, count)
+        if variance > ROUNDING * float(mean) ** 2:
             found[place] = variance
     return found
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, first_line
 from ..masking import is_masked, masked
 from ..tracing.arguments import check_model, public_name, unwrapped
-from ..tracing.inputs import Arguments, call
+from ..tracing.inputs import Arguments, call_on_copies
 from ..tracing.leaves import tensors_in
 from ..tracing.sandbox import running
 
@@ -75,7 +75,24 @@ def check_reference(model: nn.Module, reference: Any) -> None:
 def outputs_of(model: nn.Module, batches: Iterable[Arguments]) -> list[list[Tensor]]:
     """The floating-point tensors that a model returns for each batch."""
     with running(model):
-        return [floats_of(call(model, batch)) for batch in batches]
+        # Copies, for a model may return a buffer that its next run overwrites.
+        results = (floats_of(call_on_copies(model, batch)) for batch in batches)
+        return [[tensor.detach().clone() for tensor in tensors] for tensors in results]
+
+
+def wanted_of(reference: nn.Module, batches: Sequence[Arguments]) -> list[list[Tensor]]:
+    """The outputs of the unpruned network on batches that the pruned one takes.
+
+    Raises:
+        ArgumentError: the reference does not take them.
+    """
+    try:
+        return outputs_of(reference, batches)
+    except Exception as err:  # whatever the code of the model raises
+        raise ArgumentError(
+            f"the reference {type(reference).__name__} rejects batches that the pruned network "
+            f"takes: {first_line(err)}. Pass the network that was pruned, in the same type."
+        ) from err
 
 
 def floats_of(result: Any) -> list[Tensor]:

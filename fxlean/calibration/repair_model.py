@@ -21,7 +21,7 @@ from .corrections import OTHER_DATA, LayerError, OtherDataError, Pair, correct_l
 from .elements import EMPTY, SHARED, elements_of, put_back, saved, shared_parameters
 from .least_squares import STEPS
 from .norm_corrections import correct_norm, correct_scale, shared_scales
-from .reference import check_reference, is_unpruned, outputs_of
+from .reference import check_reference, is_unpruned, outputs_of, wanted_of
 from .repair_result import RepairResult
 from .running import Known
 from .samples import held_out, output_error, sample_counts
@@ -101,13 +101,13 @@ def repair_towards(
         copy_first(model)
         copy_first(reference)
         data = list(batches)
+        wanted = wanted_of(reference, data)
         sizes = sample_counts(reference, data)
         held = held_out(sizes)
-        wanted = outputs_of(reference, data)
-        before, spread = output_error(outputs_of(model, data), wanted, held)
+        before, spread = output_error(outputs_of(model, data), wanted, sizes, held)
         with same_random_states(model):
             layers, skipped = _repair_all(model, reference, data, held, known, steps, progress)
-        after, _ = output_error(outputs_of(model, data), wanted, held)
+        after, _ = output_error(outputs_of(model, data), wanted, sizes, held)
         if after > before:
             put_back(values)
             after = before
@@ -170,7 +170,8 @@ def _repair_all(
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         raise ArgumentError(
             f"{type(model).__name__} has no layer that can be repaired ({reasons or 'none found'})."
-            " Set requires_grad where weights may change."
+            " Pass a model with convolutions or linear layers that are used once in a run and whose"
+            " weights are parameters that require gradients."
         )
     return layers, skipped
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..channels.rules.movements import moves
 from ..channels.walk import Wired, wire
 from ..channels.weights import Constants, Origin
 from ..tracing.inputs import Arguments
-from ..tracing.leaves import tensors_in
+from ..tracing.leaves import replaced, tensors_in
 from ..tracing.tracer import Piece, Trace, trace_model
 
 Known = dict[Any, tuple[Trace, Wired]]  # by the shapes of the inputs
@@ -50,11 +50,12 @@ class Running:
     """
 
     def __init__(self, model: nn.Module, piece: Piece, inputs: Sequence[Any]) -> None:
-        """`inputs` are the tensors that the graph takes, in order."""
+        """`inputs` are the tensors that the graph takes, in order; it may write into copies."""
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._piece = piece
         self._state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
-        self.values: dict[fx.Node, Any] = dict(zip(piece.input_nodes, inputs, strict=True))
+        copies = replaced(list(inputs), Tensor.clone)
+        self.values: dict[fx.Node, Any] = dict(zip(piece.input_nodes, copies, strict=True))
         varying = set(piece.input_nodes)
         self.nodes: list[fx.Node] = []
         self._last: dict[fx.Node, fx.Node] = {}

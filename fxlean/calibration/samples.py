@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..channels.calls import aten, operator_of
 from ..errors import ArgumentError
 from ..ranks import summed
-from ..tracing.inputs import Arguments, batch_size, call, some_samples
+from ..tracing.inputs import Arguments, batch_size, call_on_copies, some_samples
 from ..tracing.sandbox import running
 from .batches import form_of
 from .corrections import relative, spreads_of
@@ -54,7 +54,7 @@ def _convolved(model: nn.Module, batch: Arguments) -> list[int]:
     """Of how many samples every convolution is, in a run on a batch."""
     seen = _Convolutions()
     with running(model), seen:
-        call(model, batch)
+        call_on_copies(model, batch)
     return seen.sizes
 
 
@@ -110,22 +110,35 @@ def spacing(samples: int, most: int) -> int:
 
 
 def output_error(
-    found: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]], held: Sequence[float]
+    found: Sequence[Sequence[Tensor]],
+    wanted: Sequence[Sequence[Tensor]],
+    sizes: Sequence[int],
+    held: Sequence[float],
 ) -> tuple[float, float]:
     """Squared error of the outputs on held-out samples of all ranks, and what it is relative to.
 
+    Args:
+        found: outputs on every batch.
+        wanted: those of the reference.
+        sizes: numbers of samples of the batches.
+        held: the fraction of each that is held out. What is not one entry, or as many, for each
+            sample counts whole, if any are.
+
     Returns:
-        The squared differences of tensors of equal shape, added up: infinite if one is NaN, and
-        NaN if there is nothing to compare. And the squared deviations of what is wanted.
+        The squared differences of tensors of equal shape where what is wanted is finite, added up:
+        infinite if one is NaN, and NaN if there is nothing to compare. And the squared deviations
+        of what is wanted.
     """
-    error, compared, targets = 0.0, 0, defaultdict[int, list[Tensor]](list)
-    for ours, theirs, part in zip(found, wanted, held, strict=True):
+    error, compared, targets = 0.0, 0, defaultdict[tuple[int, int], list[Tensor]](list)
+    for ours, theirs, size, part in zip(found, wanted, sizes, held, strict=True):
         for number, (mine, target) in enumerate(zip(ours, theirs, strict=False)):
             if mine.shape == target.shape:
-                mine, target = (_last(values, part).double() for values in (mine, target))
+                mine, target = (_last(values, size, part).double() for values in (mine, target))
+                # Masked logits, infinite in both, are nothing to compare.
+                mine, target = (v.where(target.isfinite(), 0) for v in (mine, target))
                 error += float((mine - target).square().sum())
                 compared += target.numel()
-                targets[number].append(target)
+                targets[number, target.shape[1]].append(target)
     total, compared = summed(torch.tensor([error, compared], dtype=torch.float64)).tolist()
     spread = sum(float(spreads_of(parts).sum()) for parts in targets.values())
     return (nan if compared == 0 else inf if total != total else total), spread
@@ -135,14 +148,11 @@ def relative_output_error(
     found: Sequence[Sequence[Tensor]], wanted: Sequence[Sequence[Tensor]]
 ) -> float:
     """The root of the squared error of the outputs over their squared deviations."""
-    return relative(*output_error(found, wanted, [1.0] * len(wanted)))
+    return relative(*output_error(found, wanted, [1] * len(wanted), [1.0] * len(wanted)))
 
 
-def _last(values: Tensor, part: float) -> Tensor:
-    """The last part of the samples, of shape (samples, channels, ...).
-
-    All of what there is one of: it is of the samples that are held out as well.
-    """
-    by_sample = values if values.dim() > 1 else values.reshape(-1, 1)
-    count = len(by_sample)
-    return by_sample[round(count * (1 - part)) if count > 1 else int(part == 0) :]
+def _last(values: Tensor, size: int, part: float) -> Tensor:
+    """The last part of the samples of a batch, of shape (entries, channels, ...)."""
+    by_entry = values if values.dim() > 1 else values.reshape(-1, 1)
+    whole = part > 0 and len(by_entry) % size
+    return by_entry[0 if whole else round(len(by_entry) * (1 - part)) :]

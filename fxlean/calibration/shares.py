@@ -140,8 +140,8 @@ def _traced(
             yield from _traced(model, part, trace, wired, known)
     else:
         raise ArgumentError(
-            f"a batch leads through {own.wiring.num_channels} channels, the example inputs "
-            f"through {wired.wiring.num_channels}. Pass batches of the shape of example_inputs."
+            f"a batch leads through {own.wiring.num_channels} channels, the example inputs, or the "
+            f"first batch, through {wired.wiring.num_channels}. Pass batches of the same shape."
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..tracing.inputs import Arguments, call
+from ..tracing.inputs import Arguments, call_on_copies
 from .elements import put_back
 
 
@@ -29,7 +29,7 @@ def measure_statistics(model: nn.Module, batches: Iterable[Arguments]) -> None:
                 norm.reset_running_stats()
                 norm.momentum = None
             for arguments in batches:
-                call(model, arguments)
+                call_on_copies(model, arguments)
         except BaseException:
             put_back(before)
             raise
@@ -40,9 +40,10 @@ def measure_statistics(model: nn.Module, batches: Iterable[Arguments]) -> None:
 
 
 def is_frozen(norm: nn.Module) -> bool:
-    """Whether a norm is not to change: it has parameters, and none of them requires gradients."""
+    """Whether a norm is not to change: its scale and shift are buffers, or need no gradients."""
     own = list(norm.parameters(recurse=False))
-    return bool(own) and not any(parameter.requires_grad for parameter in own)
+    has_scale = bool(own) or norm._buffers.get("weight") is not None
+    return has_scale and not any(parameter.requires_grad for parameter in own)
 
 
 def is_frozen_mean(model: nn.Module, name: str) -> bool:

@@ -53,6 +53,7 @@ def compact(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         ArgumentError: the model rejects the example inputs, or cannot be traced without any.
         CompactionError: the outputs differ, by more than rounding.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 3))
     >>> with torch.no_grad():
     ...     for parameter in model[0].parameters():

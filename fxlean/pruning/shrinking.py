@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..calibration.batches import example_and_batches
-from ..calibration.distillation import check_trainable
+from ..calibration.distillation import check_trainable, check_training
 from ..calibration.distillation import distill as distill_model
 from ..calibration.reference import outputs_of
 from ..calibration.repair_model import repair_towards
@@ -91,6 +91,8 @@ def shrink(
     def error_of(candidate: nn.Module) -> float:
         return relative_output_error(outputs_of(candidate, held), wanted)
 
+    if distill:
+        check_training(bare, data)
     given |= {"calibration": data, "progress": progress}
     work = copied(bare)
     if tolerance is not None:

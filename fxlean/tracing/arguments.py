@@ -39,6 +39,12 @@ def check_model(model: Any, argument: str = "model") -> None:
         raise ArgumentError(
             f"parameters have no shape yet: {some(lazy)}. Run the model once before pruning."
         )
+    made = [name for name, parameter in model.named_parameters() if parameter.is_inference()]
+    if made:
+        raise ArgumentError(
+            f"parameters were made in inference mode, where nothing can be trained: {some(made)}. "
+            "Pass a copy that is made outside of it: copy.deepcopy(model)."
+        )
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta:
         raise ArgumentError(

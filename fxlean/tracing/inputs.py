@@ -75,6 +75,12 @@ def call(model: nn.Module, arguments: Arguments) -> Any:
     return model(**arguments) if isinstance(arguments, dict) else model(*arguments)
 
 
+def call_on_copies(model: nn.Module, arguments: Arguments) -> Any:
+    """What a model returns for copies of some arguments, in which it may write."""
+    copies: Arguments = replaced(arguments, lambda tensor: tensor.detach().clone())
+    return call(model, copies)
+
+
 def batch_size(batch: Arguments) -> int:
     """Number of samples of a batch: the first size of its tensors of most dimensions, of images.
 

@@ -48,6 +48,8 @@ class Snapshot:
                 tensor.data = data
         with torch.no_grad():
             for buffer, value in self._values:
+                if buffer.grad_fn is not None:
+                    buffer.detach_()  # written in place by what is to be trained
                 if not torch.equal(buffer, value):
                     buffer.resize_(value.shape).copy_(value)
 

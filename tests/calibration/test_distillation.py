@@ -137,8 +137,10 @@ def regressor(form):
             body = [conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
             self.body = nn.Sequential(*body, nn.Flatten(), nn.Linear(8, 1))
 
+            self._form = form
+
         def forward(self, x):
-            return form(self.body(x))
+            return self._form(self.body(x))
 
     torch.manual_seed(0)
     model = Regressor().eval()
@@ -156,7 +158,10 @@ def test_the_split_into_batches_does_not_change_what_an_error_is_relative_to(siz
 
 
 def test_what_is_constant_does_not_count():
-    ours, theirs = regressor(lambda y: (y, torch.ones(3) / 3, y.softmax(1)))
+    mask = torch.tensor([[0.0, -torch.inf]])
+    ours, theirs = regressor(
+        lambda y: (y, torch.ones(3) / 3, y.softmax(1), y[:0], mask.expand(len(y), 2))
+    )
     plain, _ = regressor(lambda y: y)
     fxlean.distill(ours, X.split(16), theirs, 20)
     fxlean.distill(plain, X.split(16), regressor(lambda y: y)[1], 20)
@@ -166,8 +171,8 @@ def test_what_is_constant_does_not_count():
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        (lambda y: y.argmax(1), "returns no floating-point tensor that varies"),
-        (lambda y: y.softmax(1), "returns no floating-point tensor that varies"),
+        (lambda y: y.argmax(1), r"returns no floating-point tensor.*such as logits"),
+        (lambda y: y.softmax(1), r"does not vary over the batches.*Pass more"),
         (lambda y: y.detach(), "does not depend on a parameter that requires gradients"),
     ],
 )
@@ -185,6 +190,111 @@ def test_a_training_that_makes_it_worse_is_undone():
     with pytest.warns(fxlean.PruneWarning, match=r"relative error of the outputs of Seq.*put back"):
         fxlean.distill(model, X.split(16), reference, 3, rate=1.0)
     assert same_state(model.state_dict(), before)
+
+
+def test_infinite_logits_do_not_spoil_the_others():
+    mask = torch.tensor([[True] + [False] * 7])
+    errors = []
+    for fill in (-torch.inf, 0.0):
+        model, reference = regressor(lambda y, f=fill: y.expand(-1, 8).masked_fill(mask, f))
+        fxlean.distill(model, X.split(16), reference, 20)
+        model._form = reference._form = lambda y: y
+        errors.append(error(model, reference))
+    assert errors[0] == pytest.approx(errors[1], rel=0.2)
+    assert errors[0] < 0.9 * error(*regressor(lambda y: y))
+
+
+def test_a_training_inside_autocast_is_as_outside():
+    (model, reference), (twin, _) = network(), network()
+    fxlean.distill(twin, X.split(16), reference, 60, rate=0.01)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fxlean.distill(model, X.split(16), reference, 60, rate=0.01)
+    assert same_state(model.state_dict(), twin.state_dict())
+
+
+def test_a_buffer_that_gradients_flow_into_is_put_back():
+    class Averaging(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+            self.register_buffer("average", torch.zeros(2, 8, 8))
+
+        def forward(self, x):
+            y = self.body(x)
+            return y - self.average.mul_(0.9).add_(0.1 * y.mean(0))
+
+    model, reference = map(Averaging, network())
+    before = state(model)
+    with pytest.raises(RuntimeError, match="second time"):
+        fxlean.distill(model, X.split(16), reference, 3)
+    assert same_state(model.state_dict(), before)
+    assert not model.average.requires_grad
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e30])
+def test_what_a_model_assigns_as_it_runs_is_put_back_as_well(rate):
+    class Counting(nn.Module):
+        def __init__(self, body):
+            super().__init__()
+            self.body = body
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count = self.count + 1
+            return self.body(x)
+
+    model, reference = map(Counting, network())
+    before = state(model)
+    result = pytest.warns(fxlean.PruneWarning, match="put back")
+    if rate > 1:
+        result = pytest.raises(fxlean.ArgumentError, match="Pass a smaller rate")
+    with result:
+        fxlean.distill(model, X.split(16), reference, 5, rate=rate)
+    assert same_state(model.state_dict(), before)
+
+
+def test_batches_of_one_sample_that_batch_norms_refuse():
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 2)]
+    reference = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), *head).eval()
+    model = copy.deepcopy(reference)
+    fxlean.prune(model, 0.6, X[:1], method="path")
+    before = state(model)
+    message = r"rejects batch 4, \(1, 3, 8, 8\), with its batch norms in training mode.*drop_last"
+    with pytest.raises(fxlean.ArgumentError, match=message):
+        fxlean.distill(model, [*X.split(16), X[:1]], reference, 9)
+    assert same_state(model.state_dict(), before)
+    with pytest.raises(fxlean.ArgumentError, match="in training mode"):
+        fxlean.shrink(reference, 0.5, [*X.split(16), X[:1]], distill=9)
+
+
+def test_a_reference_that_does_not_take_the_batches():
+    model, reference = network()
+    for function in (fxlean.repair, lambda *given: fxlean.distill(*given, 3)):
+        with pytest.raises(fxlean.ArgumentError, match=r"reference Sequential rejects.*same type"):
+            function(model, X, copy.deepcopy(reference).double())
+
+
+@pytest.mark.filterwarnings("ignore:no rule for aten.copy_:fxlean.PruneWarning")
+def test_a_model_that_writes_into_its_inputs_leaves_the_batches_alone():
+    torch.manual_seed(0)
+
+    class Shifting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 2))
+
+        def forward(self, x):
+            return self.body(x.sub_(0.5).mul_(2))
+
+    batches = [x.clone() for x in X.split(16)]
+    reference = Shifting()
+    model = copy.deepcopy(reference)
+    options = {"method": "relevance", "calibration": batches, "repair": True}
+    list(fxlean.iterate(model, 0.5, 2, **options))
+    fxlean.distill(model, batches, reference, 8, rate=1e-3)
+    fxlean.shrink(reference, 0.7, batches, progress=False)
+    assert all(torch.equal(*pair) for pair in zip(batches, X.split(16), strict=True))
 
 
 def test_in_inference_mode_and_with_models_that_draw_numbers():

@@ -200,10 +200,19 @@ def test_frozen_parameters_stay():
         fxlean.repair(model.requires_grad_(False), x, reference)
 
 
-def test_running_means_of_frozen_norms_stay():
+def as_buffers(norm):
+    """Scale and shift in buffers, as in the frozen norms of detection libraries."""
+    for name in ("weight", "bias"):
+        value = getattr(norm, name).data
+        delattr(norm, name)
+        norm.register_buffer(name, value)
+
+
+@pytest.mark.parametrize("freeze", [lambda norm: norm.requires_grad_(False), as_buffers])
+def test_running_means_of_frozen_norms_stay(freeze):
     model, x = residual_network()
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    norms[0].requires_grad_(False)  # reads a layer without a bias
+    freeze(norms[0])  # reads a layer without a bias
     reference = pruned(model, 0.5, x)
     before = [norm.running_mean.clone() for norm in norms]
     result = fxlean.repair(model, x, reference)

@@ -1,5 +1,6 @@
 """How many samples batches hold, and errors of outputs of every form."""
 
+import copy
 import math
 
 import pytest
@@ -97,7 +98,7 @@ def test_one_number_for_each_sample_is_an_output(form):
 def test_errors_by_brute_force():
     found, wanted = torch.randn(2, 3, 12, 4, 5, dtype=torch.float64)
     by_batch = ([[part] for part in values] for values in (found, wanted))
-    squared, spread = output_error(*by_batch, [0.25] * 3)
+    squared, spread = output_error(*by_batch, [12] * 3, [0.25] * 3)
     held, target = found[:, 9:], wanted[:, 9:]
     assert squared == pytest.approx(float((held - target).square().sum()))
     mean = target.mean((0, 1, 3), keepdim=True)
@@ -106,8 +107,64 @@ def test_errors_by_brute_force():
 
 def test_errors_of_numbers_for_whole_batches():
     found, wanted = ([[torch.tensor(x)] for x in values] for values in ([1.0, 5.0], [2.0, 4.0]))
-    assert output_error(found, wanted, [0.25, 0.25]) == (2.0, 2.0)
-    assert output_error(found, wanted, [0.0, 1.0]) == (1.0, 0.0)
+    assert output_error(found, wanted, [8, 8], [0.25, 0.25]) == (2.0, 2.0)
+    assert output_error(found, wanted, [8, 8], [0.0, 1.0]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("form", [lambda y: y[:, 0], lambda y: {"map": y, "nothing": y[:0]}])
+def test_images_of_several_sizes(form):
+    model = Network(lambda body, x: form(body(x)))
+    fxlean.prune(model, 0.6, IMAGES, method="l1")
+    result = fxlean.repair(model, [IMAGES, torch.cat([IMAGES] * 2, 2)])
+    assert result.after < result.before < math.inf
+
+
+@pytest.mark.parametrize(
+    "form", [lambda y: list(y.mean((2, 3))), lambda y: y.mean((2, 3)).T, lambda y: y.sum()]
+)
+def test_outputs_that_are_not_one_entry_for_each_sample(form):
+    model = Network(lambda body, x: form(body(x)))
+    fxlean.prune(model, 0.6, IMAGES, method="l1")
+    result = fxlean.repair(model, list(IMAGES.split(4)))
+    assert result.after <= result.before < math.inf
+
+
+@pytest.mark.filterwarnings("ignore:no rule for aten.copy_:fxlean.PruneWarning")
+def test_outputs_that_the_next_run_overwrites():
+    class Kept(Network):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("last", torch.zeros(4, 3, 6, 6))
+
+        def forward(self, x):
+            return self.last.copy_(super().forward(x))
+
+    model = Kept()
+    fxlean.prune(model, 0.85, IMAGES[:4], method="l1", redundancy=False)
+    before, reference = copy.deepcopy(model), Kept()
+    result = fxlean.repair(model, list(IMAGES.split(4)), reference)
+    with torch.no_grad():
+        before, after, wanted = (
+            torch.stack([network(part)[3].clone() for part in IMAGES.split(4)])
+            for network in (before, model, reference)
+        )
+    spread = (wanted - wanted.mean((0, 2, 3), keepdim=True)).square().sum()
+    for found, reported in ((before, result.before), (after, result.after)):
+        assert reported == pytest.approx(float(((found - wanted).square().sum() / spread).sqrt()))
+    assert result.after < result.before
+
+
+def test_what_is_infinite_in_the_reference_is_left_out():
+    mask = torch.tensor([True, False, False])[:, None, None]
+    model, other = (
+        Network(lambda body, x, fill=fill: body(x).masked_fill(mask, fill))
+        for fill in (-math.inf, 0.0)
+    )
+    for network in (model, other):
+        fxlean.prune(network, 0.6, IMAGES, method="l1")
+    result, expected = (fxlean.repair(network, IMAGES) for network in (model, other))
+    assert (result.before, result.after) == (expected.before, expected.after)
+    assert 0 < result.after < result.before
 
 
 def test_errors_that_are_no_numbers():

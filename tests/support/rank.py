@@ -30,7 +30,8 @@ def network(rank: int) -> nn.Sequential:
     model = nn.Sequential(*layers, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3))
     torch.manual_seed(rank)
     with torch.no_grad():
-        model(torch.randn(4, 3, 12, 12) * (rank + 1))
+        for _ in range(30):
+            model(torch.randn(4, 3, 12, 12) * (rank + 1))
     return model
 
 
@@ -91,7 +92,7 @@ def check_repair(rank: int) -> None:
     fxlean.prune(model, 0.5, batches[0], granularity="channel", of="macs", method="l1")
     for step in (
         lambda: fxlean.repair(model, batches, reference),
-        lambda: fxlean.distill(model, batches, reference, 2),
+        lambda: fxlean.distill(model, batches, network(0), 60, rate=0.01),
     ):
         before = digest(model)
         step()
@@ -111,6 +112,8 @@ def check_distillation(rank: int) -> None:
     world, steps, rate = dist.get_world_size(), 5, 0.01
     inputs = [[torch.randn(4, 3, 9, 9).double() for _ in range(r + 2)] for r in range(world)]
     fxlean.distill(model, inputs[rank], reference, steps, rate=rate)
+    with torch.no_grad():
+        variance = torch.cat([reference(x) for own in inputs for x in own]).var(correction=0)
     optimizer = torch.optim.Adam(alone.parameters(), rate)
     for step in range(steps):
         optimizer.zero_grad()
@@ -118,7 +121,7 @@ def check_distillation(rank: int) -> None:
             x = own[step % len(own)]
             with torch.no_grad():
                 wanted = reference(x)
-            error = (alone(x) - wanted).square().mean() / wanted.var(correction=0)
+            error = (alone(x) - wanted).square().mean() / variance
             (error / world).backward()
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         optimizer.step()

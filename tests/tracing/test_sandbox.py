@@ -259,3 +259,11 @@ def test_inside_autocast_everything_is_as_outside(granularity):
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         assert same_state(ours.state_dict(), theirs.state_dict())
     assert found[2] == expected[2]
+
+
+def test_parameters_that_were_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = plain()
+    with pytest.raises(fxlean.ArgumentError, match=r"made in inference mode.*copy\.deepcopy"):
+        fxlean.prune(model, 0.5, IMAGE)
+    fxlean.prune(copy.deepcopy(model), 0.5, IMAGE)
