@@ -27,13 +27,13 @@ norms: suprema operator
 channels: graph flow calls weights builder wiring site
 channels.rules: movements positions weighted table
 channels: walk
+checkpoint: layout
 calibration: moments contributions overlaps noise batches running shares elements statistics systems
 calibration: least_squares side_by_side corrections norm_corrections samples reference
-calibration: repair_result repair_model distillation
+calibration: expansion repair_result repair_model distillation
 selection: jit rows ranking liveness chains paths relevance methods channels
 selection: takeover
 costs
-checkpoint: layout
 compaction: slots solve cut plan rules walk fold
 compaction.exported: layers needs writer
 compaction: verify attempts units trials

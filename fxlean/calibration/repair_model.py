@@ -19,6 +19,7 @@ from ..tracing.sandbox import on_cpu, ordinary, same_random_states
 from .batches import example_and_batches
 from .corrections import OTHER_DATA, LayerError, OtherDataError, Pair, correct_layer, relative
 from .elements import EMPTY, SHARED, elements_of, put_back, saved, shared_parameters
+from .expansion import expanded, is_compacted, taken_back
 from .least_squares import STEPS
 from .norm_corrections import correct_norm, correct_scale, shared_scales
 from .reference import check_reference, is_unpruned, outputs_of, wanted_of
@@ -57,7 +58,8 @@ def repair(
     may differ, and their sums and errors are over the batches of all.
 
     Args:
-        model: pruned by `prune`, or by any masks or zeros of your own. Compact it afterwards.
+        model: pruned by `prune`, or by any masks or zeros of your own; or what `compact` has
+            returned for it, with the same result.
         batches: one batch, or an iterable of batches such as a `DataLoader`; a batch is a tensor,
             a tuple of arguments or a dict; labels beside the only input are left out. Without
             them, noise of the shape of the example inputs.
@@ -80,8 +82,15 @@ def repair(
     reference = _masks_off(model) if reference is None else reference
     check_reference(model, reference)
     check_count("steps", steps, least=0)
+    reference = unwrapped(reference)
     data = example_and_batches(model, example_inputs, batches)[1]
-    return repair_towards(model, data, unwrapped(reference), {}, steps, progress)
+    if not is_compacted(model) or is_compacted(reference):
+        return repair_towards(model, data, reference, {}, steps, progress)
+    given = list(data)
+    dense = expanded(model, reference, given)
+    result = repair_towards(dense, given, reference, {}, steps, progress)
+    taken_back(model, dense)
+    return result
 
 
 @ordinary()
@@ -129,7 +138,7 @@ def _masks_off(model: nn.Module) -> nn.Module:
     if not is_masked(model):
         raise ArgumentError(
             f"{type(model).__name__} has no masks, so what it was before it was pruned cannot be "
-            "told. Pass that as reference; and where it is compacted, repair before fxlean.compact."
+            "told. Pass that as reference."
         )
     if not is_unpruned(model):
         raise ArgumentError(

@@ -11,6 +11,7 @@ from torch.nn.utils import prune
 from ..nn import Selected
 
 DENSE = "_fxlean_dense"  # on a layer that compaction has changed: names and shapes from before
+KEPT = "_fxlean_kept"  # likewise: which places are left, by name and dimension of a tensor
 WIDTHS = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features"),
     *("num_features", "num_groups", "num_channels"),
@@ -79,6 +80,19 @@ def mark_cut(module: nn.Module, shapes: Shapes) -> None:
     vars(module)[DENSE] = shapes
 
 
+def note_kept(module: nn.Module, name: str, dim: int, places: Tensor) -> None:
+    """Note which places along a dimension of a tensor are left, of those that were until now."""
+    known = vars(module).setdefault(KEPT, {})
+    places = places.cpu()
+    known[name, dim] = known[name, dim][places] if (name, dim) in known else places
+
+
+def kept_places(module: nn.Module, name: str) -> dict[int, Tensor]:
+    """Which places of a tensor are left, by the dimensions along which it was cut."""
+    known = vars(module).get(KEPT, {})
+    return {dim: places for (key, dim), places in sorted(known.items()) if key == name}
+
+
 def is_cut(module: nn.Module) -> bool:
     """Whether compaction has changed a layer."""
     return DENSE in vars(module)
@@ -101,7 +115,7 @@ def dense_shapes(model: nn.Module) -> Shapes:
     """Names and shapes of all that a network saves, as before compaction and without masks."""
     return {
         f"{prefix}{name}": shape
-        for prefix, module in _dense_modules(model, "", set())
+        for prefix, module in dense_modules(model)
         for name, shape in own_shapes(module).items()
     }
 
@@ -110,7 +124,7 @@ def forms(model: nn.Module) -> dict[str, Form]:
     """The form of every layer that compaction has changed, by its path."""
     return {
         prefix.removesuffix("."): form_of(module)
-        for prefix, module in _dense_modules(model, "", set())
+        for prefix, module in dense_modules(model)
         if is_cut(module)
     }
 
@@ -124,10 +138,14 @@ def form_of(module: nn.Module) -> Form:
     return {"widths": _widths(module)}
 
 
+def dense_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules behind the names that they have in the dense network, each once."""
+    return _dense_modules(model, "", set())
+
+
 def _dense_modules(
     module: nn.Module, prefix: str, seen: set[nn.Module]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """All modules under the names that they have in the dense network, each once."""
     if module in seen:
         return
     seen.add(module)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.layout import note_kept
 from ..nn import Selected
 from ..tracing.sandbox import copied
 from .slots import Application
@@ -119,8 +120,10 @@ def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
             transposed = tensor.dim() > 1 and getattr(module, "transposed", False)
             first, second = (read, chosen) if transposed else (chosen, read)
             part = tensor.detach().index_select(0, first.to(tensor.device))
+            note_kept(module, name, 0, first)
             if tensor.dim() > 1 and groups == 1:
                 part = part.index_select(1, second.to(tensor.device))
+                note_kept(module, name, 1, second)
             trained = isinstance(tensor, nn.Parameter)
             tensors[name] = nn.Parameter(part, tensor.requires_grad) if trained else part
     widths = {"in": int(columns.sum()), "out": int(rows.sum())}
@@ -136,12 +139,13 @@ def narrow_parameter(model: nn.Module, name: str, dim: int, kept: Tensor) -> Non
     """Leave only these channels, along a dimension, in a parameter; in place, wherever it is."""
     if kept.all():
         return
-    whole = model.get_parameter(name)
-    part = whole.detach().index_select(dim, kept.nonzero().flatten().to(whole.device))
+    whole, places = model.get_parameter(name), kept.nonzero().flatten()
+    part = whole.detach().index_select(dim, places.to(whole.device))
     smaller = nn.Parameter(part, whole.requires_grad)
     for module in model.modules():
         for key in [key for key, held in module._parameters.items() if held is whole]:
             module._parameters[key] = smaller
+            note_kept(module, key, dim, places)
             if isinstance(module, nn.PReLU):
                 module.num_parameters = len(smaller)
 

@@ -12,27 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import fxlean
 from fxlean.calibration import corrections, repair_model, running
 from fxlean.tracing.sandbox import copied
-from tests.support.blocks import conv, conv_bn_relu, pre_activation, residual
+from tests.support.blocks import conv, pre_activation
+from tests.support.calibrated import batches_like, residual_network
 from tests.support.compare import same_state, state
 from tests.support.zoo import ZOO, make, randomise_norms
-
-
-def batches_like(inputs, count=3, samples=8):
-    generator = torch.Generator().manual_seed(1)
-    return [
-        tuple(
-            torch.randn(samples, *x.shape[1:], generator=generator, dtype=x.dtype) for x in inputs
-        )
-        for _ in range(count)
-    ]
-
-
-def residual_network():
-    torch.manual_seed(0)
-    blocks = [residual(nn.Sequential(conv_bn_relu(8, 8), *conv_bn_relu(8, 8)[:2])) for _ in "ab"]
-    model = nn.Sequential(conv_bn_relu(3, 8), *blocks, conv(8, 2, 1, bias=True)).eval()
-    randomise_norms(model)
-    return model, torch.randn(32, 3, 8, 8)
 
 
 def pruned(model, ratio, x, **options):
@@ -423,16 +406,6 @@ def test_arguments_of_repair_that_make_no_sense(steps):
         fxlean.repair(model, x, reference, steps=steps)
     with pytest.raises(fxlean.ArgumentError, match="reference is the model itself"):
         fxlean.repair(model, x, model)
-
-
-def test_compacted_models_are_repaired_before():
-    model, x = residual_network()
-    reference = pruned(model, 0.1, x)
-    small = fxlean.compact(model, x[:1])
-    with pytest.raises(fxlean.ArgumentError, match=r"repair before fxlean\.compact"):
-        fxlean.repair(small, x, reference)
-    with pytest.raises(fxlean.ArgumentError, match=r"no masks.*repair before fxlean\.compact"):
-        fxlean.repair(small, x)
 
 
 def test_a_broken_reference_is_told_by_layer():
