@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import prune
 
@@ -82,15 +83,20 @@ def mark_cut(module: nn.Module, shapes: Shapes) -> None:
 
 def note_kept(module: nn.Module, name: str, dim: int, places: Tensor) -> None:
     """Note which places along a dimension of a tensor are left, of those that were until now."""
-    known = vars(module).setdefault(KEPT, {})
-    places = places.cpu()
-    known[name, dim] = known[name, dim][places] if (name, dim) in known else places
+    known: Shapes = vars(module).setdefault(KEPT, {})  # plain, for TorchScript looks at it
+    key, left = f"{name} {dim}", places.tolist()
+    known[key] = [known[key][place] for place in left] if key in known else left
 
 
 def kept_places(module: nn.Module, name: str) -> dict[int, Tensor]:
     """Which places of a tensor are left, by the dimensions along which it was cut."""
-    known = vars(module).get(KEPT, {})
-    return {dim: places for (key, dim), places in sorted(known.items()) if key == name}
+    known: Shapes = vars(module).get(KEPT, {})
+    own = {key.rpartition(" "): places for key, places in known.items()}
+    return {
+        int(dim): torch.tensor(places, dtype=torch.long, device="cpu")
+        for (key, _, dim), places in own.items()
+        if key == name
+    }
 
 
 def is_cut(module: nn.Module) -> bool:
