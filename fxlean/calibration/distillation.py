@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -74,20 +74,14 @@ def distill(
         check_training(model, goal.batches)
         before = goal.error(model)
         snapshot, values = Snapshot(model), saved(model)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        gradients = [parameter.grad for parameter in parameters]
-        disable = None if progress is None else not progress
-        bar = tqdm(range(steps), "fxlean: distill", delay=DELAY, leave=False, disable=disable)
 
         def undo() -> None:
             snapshot.put_back()
             put_back(values)
 
         try:
-            optimizer = torch.optim.Adam(parameters, rate)
-            falling = LambdaLR(optimizer, lambda step: 1 - step / steps)
-            with batch_norms_training(model), bar:
-                _train(model, goal, falling, bar)
+            with batch_norms_training(model):
+                _train(model, goal, steps, rate, progress)
             measure_statistics(model, goal.batches)
             copy_first(model)
             after = goal.error(model)
@@ -103,8 +97,6 @@ def distill(
             undo()
             raise
         finally:
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
             refresh_masks(model)
 
 
@@ -159,15 +151,15 @@ class _Goal:
                 "that was pruned as reference, and batches on which the number of outputs does not "
                 "depend on their values."
             )
-        errors = [torch.zeros((), device=found[0].device)] if found else []
-        for place, (ours, theirs, kept) in enumerate(
-            zip(found, wanted, self._finite[number], strict=True)
-        ):
-            if place in self._variances and kept.any():
+        total = torch.zeros((), device="cpu")  # to which what is on any device can be added
+        for place, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+            if place in self._variances and theirs.numel():
+                kept = self._finite[number][place]
                 # Not infinity less infinity, whose gradient is NaN wherever it is left out.
-                difference = ours[kept] - theirs[kept]
-                errors.append(difference.square().mean() / self._variances[place])
-        return torch.stack(errors).sum()
+                difference = ours.where(kept, 0) - theirs.where(kept, 0)
+                part = kept.numel() / kept.sum().clamp(min=1)  # of all, over which a mean is
+                total = total + part * difference.square().mean() / self._variances[place]
+        return total
 
     def error(self, model: nn.Module) -> float:
         """The root of the mean loss over the batches of all ranks, in eval mode."""
@@ -198,32 +190,47 @@ def _variances(
     return found
 
 
-def _train(model: nn.Module, goal: _Goal, schedule: LambdaLR, numbers: Iterable[int]) -> None:
-    """One step of the optimizer and of its rate for each number, batch after batch."""
-    optimizer = schedule.optimizer
-    parameters = optimizer.param_groups[0]["params"]
-    for number in numbers:
-        with torch.enable_grad():
-            optimizer.zero_grad()
-            loss = goal.loss(model, number % len(goal.batches))
-            if not loss.requires_grad:
-                raise ArgumentError(
-                    f"what {type(model).__name__} returns does not depend on a parameter that "
-                    "requires gradients. Set requires_grad where weights may change."
-                )
-            loss.backward()
-        # What the model returns may not depend on some parameters.
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = averaged(parameter.grad)
-        loss = averaged(loss.detach())
-        if not loss.isfinite():
-            raise ArgumentError(
-                f"the error is {loss.item()} at step {number}. Pass a smaller rate, or batches in "
-                "their usual range."
-            )
-        optimizer.step()
-        schedule.step()
+def _train(model: nn.Module, goal: _Goal, steps: int, rate: float, progress: bool | None) -> None:
+    """Steps of Adam, batch after batch, at a falling rate; gradients are put back."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = [parameter.grad for parameter in parameters]
+    optimizer = torch.optim.Adam(parameters, rate)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
+    disable = None if progress is None else not progress
+    bar = tqdm(range(steps), "fxlean: distill", delay=DELAY, leave=False, disable=disable)
+    try:
+        with bar:
+            for number in bar:
+                optimizer.zero_grad()
+                loss = _backward(model, goal, number % len(goal.batches))
+                # What the model returns may not depend on some parameters.
+                for parameter in parameters:
+                    if parameter.grad is not None:
+                        parameter.grad = averaged(parameter.grad)
+                loss = averaged(loss)
+                if not loss.isfinite():
+                    raise ArgumentError(
+                        f"the error is {loss.item()} at step {number}. Pass a smaller rate, or "
+                        "batches in their usual range."
+                    )
+                optimizer.step()
+                schedule.step()
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+@torch.enable_grad()
+def _backward(model: nn.Module, goal: _Goal, number: int) -> Tensor:
+    """The loss on a batch, whose gradients the parameters have then."""
+    loss = goal.loss(model, number)
+    if not loss.requires_grad:
+        raise ArgumentError(
+            f"what {type(model).__name__} returns does not depend on a parameter that requires "
+            "gradients. Set requires_grad where weights may change."
+        )
+    loss.backward()
+    return loss.detach()
 
 
 def _check(model: Any, reference: Any, steps: Any, rate: Any) -> None:

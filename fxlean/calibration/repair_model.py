@@ -33,6 +33,7 @@ DELAY = 1.0  # seconds before progress is shown
 Batches = Sequence[Arguments]
 
 
+@ordinary()
 def repair(
     model: nn.Module,
     batches: Any = None,

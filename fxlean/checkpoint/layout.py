@@ -83,19 +83,17 @@ def mark_cut(module: nn.Module, shapes: Shapes) -> None:
 
 def note_kept(module: nn.Module, name: str, dim: int, places: Tensor) -> None:
     """Note which places along a dimension of a tensor are left, of those that were until now."""
-    known: Shapes = vars(module).setdefault(KEPT, {})  # plain, for TorchScript looks at it
-    key, left = f"{name} {dim}", places.tolist()
-    known[key] = [known[key][place] for place in left] if key in known else left
+    # Plain data, for TorchScript looks at it.
+    known: dict[int, list[int]] = vars(module).setdefault(KEPT, {}).setdefault(name, {})
+    left = places.tolist()
+    known[dim] = [known[dim][place] for place in left] if dim in known else left
 
 
 def kept_places(module: nn.Module, name: str) -> dict[int, Tensor]:
     """Which places of a tensor are left, by the dimensions along which it was cut."""
-    known: Shapes = vars(module).get(KEPT, {})
-    own = {key.rpartition(" "): places for key, places in known.items()}
+    known: dict[int, list[int]] = vars(module).get(KEPT, {}).get(name, {})
     return {
-        int(dim): torch.tensor(places, dtype=torch.long, device="cpu")
-        for (key, _, dim), places in own.items()
-        if key == name
+        dim: torch.tensor(places, dtype=torch.long, device="cpu") for dim, places in known.items()
     }
 
 

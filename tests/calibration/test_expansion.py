@@ -117,3 +117,15 @@ def test_a_compacted_network_that_was_pruned_by_others_as_well():
     again = fxlean.compact(small, x[:1])
     prune.l1_unstructured(small[0][0], "weight", 0.3)
     assert fxlean.repair(small, x, reference).after < fxlean.repair(again, x, reference).before
+
+
+def test_compacted_networks_are_repaired_in_inference_mode():
+    model, x = residual_network()
+    reference = copy.deepcopy(model)
+    fxlean.prune(model, 0.5, x[:1], granularity="channel", of="macs", method="l1")
+    small = fxlean.compact(model, x[:1])
+    twin = copy.deepcopy(small)
+    fxlean.repair(small, x, reference)
+    with torch.inference_mode():
+        fxlean.repair(twin, x, reference)
+    assert same_state(twin.state_dict(), small.state_dict())
