@@ -5,8 +5,8 @@
 All networks of a row take turns, so that they see the same load of the machine; times are medians.
 Weights are random, and the method is that of `shrink`, relevance, on noise. Columns: the fraction
 of the multiply-accumulates that is left; the fraction of the dense network's time, of fxlean's
-network, of one with multiples of 8 channels, and of Torch-Pruning's (group magnitude, every layer
-by itself). A dash is a network that it cannot prune.
+network and of Torch-Pruning's (group magnitude, every layer by itself). A dash is a network that it
+cannot prune.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def row(name: str, ratio: float, options: argparse.Namespace) -> str:
     torch.manual_seed(0)
     dense = build().eval().to(options.device, options.dtype)
     x = torch.randn(options.batch, channels, size, size).to(options.device, options.dtype)
-    how = {"method": options.method, "at_least": options.at_least}
-    networks = [dense, *(small(dense, x, ratio, round_to=n, **how) for n in (1, 8))]
+    how = {name: getattr(options, name) for name in ("method", "at_least", "round_to")}
+    networks = [dense, small(dense, x, ratio, **how)]
     try:
         peer = torch_pruned(dense, x, ratio, everywhere=False)
         networks += [peer.eval()] if peer else []
@@ -47,7 +47,7 @@ def row(name: str, ratio: float, options: argparse.Namespace) -> str:
         warnings.warn(f"{name}: {type(err).__name__}: {err}", stacklevel=1)
     ready: Callable[[nn.Module], nn.Module] = torch.compile if options.compiled else lambda m: m
     first, *others = medians([ready(network) for network in networks], x, options.runs)
-    cells = [f"{time / first:.2f}" for time in others] + ["-"] * (4 - len(networks))
+    cells = [f"{time / first:.2f}" for time in others] + ["-"] * (3 - len(networks))
     left = fxlean.report(networks[1], x).macs / fxlean.report(dense, x).macs
     return f"| {name} | {left:.3f} | {first * 1e3:.1f} | {' | '.join(cells)} |"
 
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.7, 0.5, 0.3])
     parser.add_argument("--method", default="relevance")
     parser.add_argument("--at-least", type=float, help="fraction of channels that layers keep")
+    parser.add_argument("--round-to", type=int, help="numbers of channels are multiples of it")
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -68,8 +69,8 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore", fxlean.PruneWarning)
     torch._dynamo.config.recompile_limit = 100
-    print("| network | MACs left | dense ms | time left | multiples of 8 | Torch-Pruning |")
-    print("|---|---|---|---|---|---|")
+    print("| network | MACs left | dense ms | time left | Torch-Pruning |")
+    print("|---|---|---|---|---|")
     for name in options.models:
         for ratio in options.ratios:
             print(row(name, ratio, options), flush=True)

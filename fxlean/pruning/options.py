@@ -31,7 +31,7 @@ def check(
     granularity: Any = "kernel",
     of: Any = "kernels",
     at_least: Any = None,
-    round_to: Any = 1,
+    round_to: Any = None,
     include_linear: Any = None,
     **flags: Any,
 ) -> None:
@@ -82,6 +82,8 @@ def _check_limits(at_least: Any, round_to: Any, granularity: str) -> None:
                 f"at_least is {shown(at_least)}. Pass the fraction that every layer keeps, from 0 "
                 "to 1, or a mapping from names of layers, patterns or types to fractions."
             )
+    if round_to is None:
+        return
     check_count("round_to", round_to)
     if round_to > 1 and granularity != "channel":
         raise ArgumentError(

@@ -45,7 +45,7 @@ def prune(
     granularity: str = "kernel",
     of: str | Callable[[nn.Module], float] = "kernels",
     at_least: float | Mapping[Any, float] | None = None,
-    round_to: int = 1,
+    round_to: int | None = None,
     progress: bool | None = None,
 ) -> PruneResult:
     """Prune a model in place to a fraction of its convolution kernels, with masks.
@@ -87,7 +87,8 @@ def prune(
             measures a compacted model.
         at_least: the fraction of its kernels or channels that every layer keeps; or a mapping from
             layers, named as for `ignore`, to fractions. A layer keeps at least one channel.
-        round_to: numbers of channels are multiples of it; for whole channels.
+        round_to: numbers of channels are multiples of it; for whole channels. If left out, where
+            more than 64 can go one by one, multiples of 8 go, which computers are faster with.
         progress: show a bar; by default on a terminal, if it takes seconds.
 
     Returns:

@@ -35,13 +35,13 @@ class Target:
         of: what it is a fraction of: one of `COUNTED`, or a function that measures a model.
         least: the fraction of a layer's kernels or channels that stays at least, by its name; 0 for
             layers that are not mentioned.
-        round_to: numbers of channels are multiples of it.
+        round_to: numbers of channels are multiples of it; see `removal_order`.
     """
 
     ratio: float
     of: str | Callable[[nn.Module], float]
     least: Mapping[str, float]
-    round_to: int = 1
+    round_to: int | None = None
 
 
 def least_of(model: nn.Module, at_least: Any, layers: Sequence[str]) -> dict[str, float]:

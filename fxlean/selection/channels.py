@@ -19,6 +19,9 @@ from math import gcd, inf
 import numpy as np
 from numpy.typing import NDArray
 
+WIDE = 8  # channels of wide layers go in so many, which is what vector units compute in,
+FINE = 64  # and one by one where no more are left
+
 
 @dataclass(frozen=True, eq=False)
 class Costs:
@@ -59,7 +62,8 @@ class _Class:
         least: how many rows they must keep if any of them go.
         product, linear: factors of their cost.
         members: the units, the lowest score first.
-        multiple: the number of units that stay is a multiple of it.
+        multiple: the number of units that stay is a multiple of it,
+        fine: unless so few are left, which go one by one.
         next: how many of them are gone.
     """
 
@@ -71,11 +75,14 @@ class _Class:
     linear: NDArray[np.float64]
     members: NDArray[np.int64]
     multiple: int
+    fine: int
     next: int = 0
 
     def step(self) -> NDArray[np.int64]:
         """The units that go next: so many that a multiple stays, above 1 never nothing."""
         left = len(self.members) - self.next
+        if left <= self.fine:
+            return self.members[self.next : self.next + 1]
         count = left % self.multiple or self.multiple
         count = 0 if self.multiple > 1 and count == left else count
         return self.members[self.next : self.next + count]
@@ -85,7 +92,7 @@ def removal_order(
     costs: Costs,
     scores: NDArray[np.float64],
     gone: NDArray[np.bool_],
-    round_to: int = 1,
+    round_to: int | None = 1,
 ) -> Iterator[tuple[NDArray[np.int64], float]]:
     """Units in the order in which they go, and what the network costs after each step.
 
@@ -97,7 +104,8 @@ def removal_order(
         costs: of the network.
         scores: shape (units,), at least 0.
         gone: shape (units,), True for units that are gone from the start.
-        round_to: every step leaves a multiple of so many channels of each class of units.
+        round_to: every step leaves a multiple of so many channels of each class of units; if None,
+            of `WIDE` where more than `FINE` were left.
     """
     rows, columns = costs.left(gone)
 
@@ -167,19 +175,24 @@ def alike(
 
 
 def _classes(
-    costs: Costs, scores: NDArray[np.float64], gone: NDArray[np.bool_], round_to: int
+    costs: Costs, scores: NDArray[np.float64], gone: NDArray[np.bool_], round_to: int | None
 ) -> list[_Class]:
     """The classes of all units that are not gone."""
-    return [
-        _Class(
-            uses,
-            rows,
-            columns,
-            np.where(rows > 0, np.maximum(costs.least[uses], 1), 0),
-            costs.product[uses],
-            costs.linear[uses],
-            units[np.argsort(scores[units], kind="stable")],
-            round_to // gcd(round_to, int(max(rows.max(), columns.max()))),
+    found = []
+    for units, (uses, rows, columns) in alike(costs.rows, costs.columns, ~gone):
+        width = int(max(rows.max(), columns.max()))  # channels of a unit
+        multiple = (round_to or WIDE) // gcd(round_to or WIDE, width)
+        found.append(
+            _Class(
+                uses,
+                rows,
+                columns,
+                np.where(rows > 0, np.maximum(costs.least[uses], 1), 0),
+                costs.product[uses],
+                costs.linear[uses],
+                units[np.argsort(scores[units], kind="stable")],
+                multiple,
+                0 if round_to else max(FINE // width, multiple),
+            )
         )
-        for units, (uses, rows, columns) in alike(costs.rows, costs.columns, ~gone)
-    ]
+    return found

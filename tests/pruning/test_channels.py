@@ -147,6 +147,18 @@ def test_numbers_of_channels_are_multiples():
     assert min(found.values()) < 32
 
 
+@pytest.mark.parametrize("round_to", [None, 1])
+def test_wide_layers_keep_multiples_of_8_unless_told_otherwise(round_to):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 320, 3), nn.ReLU(), nn.Conv2d(320, 10, 3))
+    result = fxlean.prune(
+        model, 0.61, X, granularity="channel", of="macs", method="l1", round_to=round_to
+    )
+    left, total = result.left["macs"]
+    assert 0.6 <= left / total <= 0.61
+    assert widths(fxlean.compact(model, X))["0"] == (192 if round_to is None else 195)
+
+
 @pytest.mark.parametrize("least", [0.75, {"1.*": 0.75}, {nn.Conv2d: 0.75}])
 def test_layers_keep_at_least_a_fraction(least):
     torch.manual_seed(0)

@@ -98,6 +98,26 @@ def test_every_step_leaves_a_multiple(network, multiple):
         assert costs.total(gone) == pytest.approx(cost)
 
 
+@given(networks())
+def test_narrow_layers_are_not_rounded_by_default(network):
+    found = [(list(members), cost) for members, cost in removal_order(*network, None)]
+    assert found == [(list(members), cost) for members, cost in removal_order(*network, 1)]
+
+
+@pytest.mark.parametrize(("width", "multiple", "fine"), [(1, 8, 64), (3, 8, 21), (6, 4, 10)])
+def test_wide_layers_keep_multiples_of_8_by_default(width, multiple, fine):
+    count = 100
+    costs = Costs(
+        (np.repeat(np.arange(count), width),),
+        *((np.full(3, -1),), np.ones(1), np.zeros(1), np.zeros(1, int)),
+    )
+    gone = np.zeros(count, dtype=bool)
+    steps = [len(m) for m, _ in removal_order(costs, np.arange(float(count)), gone, None)]
+    left = count - np.cumsum([0, *steps])
+    assert {int(n) % multiple for n in left[1:] if n > fine} == {0}
+    assert list(left[left <= fine]) == list(range(left[left <= fine][0], 0, -1))
+
+
 def test_a_layer_by_itself_keeps_a_multiple():
     costs = Costs((np.arange(20),), (np.full(3, -1),), np.ones(1), np.zeros(1), np.zeros(1, int))
     gone = np.zeros(20, dtype=bool)
