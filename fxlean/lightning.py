@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from .errors import ArgumentError, PruneWarning, some, warn
-from .masking import remove_masks
+from .masking import is_masked, remove_masks
 from .pruning.options import check, check_names
 from .pruning.prune_model import prune
 from .pruning.result import PruneResult
@@ -104,6 +104,8 @@ class PruningCallback(Callback):
         if stage == "fit":
             self._check_strategy(trainer)
             check(self._part(pl_module), **self._options)
+            if not is_masked(self._part(pl_module)):  # a checkpoint is loaded later
+                self.results, self._done = [], 0
             options = {key: self._options[key] for key in WHAT if key in self._options}
             self._prune(pl_module, 1.0, method="l1", redundancy=False, **options)
 

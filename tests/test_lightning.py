@@ -95,6 +95,13 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_network(tmp_path):
         assert torch.equal(left, right), name
 
 
+def test_a_second_network_is_pruned_as_the_first(tmp_path):
+    callback = PruningCallback(0.25, 2, method="l1")
+    for folder in ("first", "second"):
+        fit(callback, tmp_path / folder, 2)
+        assert len(callback.results) == 2
+
+
 def test_batches_of_the_loader_calibrate_a_part_of_the_module(tmp_path):
     callback = PruningCallback(
         0.5, 1, module="model", calibration_batches=2, method="relevance", verbose=2

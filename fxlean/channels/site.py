@@ -89,13 +89,15 @@ class Site:
         """Where the elements of a constant argument can be zeroed."""
         return self.constants.origin(argument) if isinstance(argument, fx.Node) else None
 
-    def run(self, stand_in: Callable[[fx.Node], Any]) -> Any:
-        """The operator's result with the flows replaced, and constants as they are."""
+    def run(
+        self, stand_in: Callable[[fx.Node], Any], drawn: Callable[[Any], Any] = lambda value: value
+    ) -> Any:
+        """The operator's result with the flows replaced, and constants as they are, or drawn."""
         device = next((v.device for v in self._tensors()), torch.device("cpu"))
 
         def lookup(node: fx.Node) -> Any:
             if node not in self.env:
-                return self.constants.value(node)
+                return drawn(self.constants.value(node))
             given = stand_in(node)
             return given.to(device, node.meta["val"].dtype)
 

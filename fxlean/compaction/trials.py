@@ -43,12 +43,12 @@ def units_of(model: nn.Module, trace: Trace) -> Units:
         bare = without_masks(model)
         trace = trace_model(bare, trace.arguments)
     can_train = cache(lambda: trains(bare, trace.arguments))
-    best = None
+    best, failure = None, ""
     for follow in FOLLOW:
         slots = slots_of(bare, trace, follow)
-        units, failure = units_among(bare, slots), ""
+        units = units_among(bare, slots)
         hidden = _has_hidden(bare, slots)
-        if slots.assumed or hidden:
+        if slots.assumed or hidden or failure:
             trial = _trial(bare, units, trace, training=hidden and can_train())
             units, failure = _tried(units, trial)
         if best is None or units.count > best.count:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..tracing.inputs import Arguments, batch_size, call, in_parts
 from ..tracing.leaves import replaced, tensors_in
-from ..tracing.sandbox import copied, evaluating, running
+from ..tracing.sandbox import copied, running
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 STEP = 32  # what strides divide
@@ -157,7 +157,7 @@ def trains(model: nn.Module, arguments: Arguments) -> bool:
 
     Batch norms refuse a single value.
     """
-    with evaluating(model):
+    with running(model):
         model.train()
         for given in (arguments, *in_parts(arguments, 2 * batch_size(arguments))):
             with contextlib.suppress(Exception):  # whatever the code of the model raises

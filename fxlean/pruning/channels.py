@@ -37,7 +37,7 @@ class Channels:
         keep = self.network.graph.alive.copy()
         stays = np.append(~gone, True)
         for use, start, block in self._kernels():
-            rows, columns = _ends(use, block)
+            rows, columns = ends(use, block)
             kept = stays[rows] & stays[columns]
             keep[start : start + kept.size] &= kept.reshape(-1)
         return keep
@@ -50,7 +50,7 @@ class Channels:
         """
         scores = np.zeros(self.units.count + 1)
         for use, start, block in self._kernels():
-            rows, columns = _ends(use, block)
+            rows, columns = ends(use, block)
             own = kernels[start : start + block.rows * block.columns].astype(np.float64)
             outer = np.where(rows == columns, 0.0, own.reshape(columns.shape[0], -1, block.columns))
             if use.number == 0:
@@ -72,7 +72,7 @@ class Channels:
         for use, block in zip(self.units.uses, self.blocks, strict=True):
             if block is None or block.first not in overlaps:
                 continue
-            rows, columns = (units[0] for units in _ends(use, block))
+            rows, columns = (units[0] for units in ends(use, block))
             start = int(self.network.graph.kernel_start[block.first])
             if start < 0:
                 found[block.first] = columns[0], None
@@ -89,12 +89,19 @@ class Channels:
         ]
 
     def gone(self) -> Flags:
-        """Units that earlier masks have removed: no kernel that writes them is alive, and used."""
+        """Units that earlier masks have removed: no kernel that writes them is alive, and used.
+
+        Of a layer without any a unit counts as there, since it keeps one.
+        """
         from ..selection.liveness import used_kernels  # here, because numba takes long to import
 
         graph = self.network.graph
         gone: Flags = self.scores(used_kernels(graph, graph.alive).astype(float), np.add) == 0
-        return gone
+        gone = np.append(gone, False)
+        for use in self.units.uses:
+            for side in (use.rows, use.columns):
+                gone[side[0]] &= not gone[side].all()
+        return gone[:-1]
 
     def _kernels(self) -> Iterator[tuple[Use, int, Block]]:
         """Uses of prunable layers, each with its first kernel and its block."""
@@ -137,7 +144,7 @@ def find_channels(network: Network, units: Units) -> Channels:
     return replace(channels, units=replace(units, pinned=pinned))
 
 
-def _ends(use: Use, block: Block) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def ends(use: Use, block: Block) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The units that kernels write and read, shapes (groups, rows, 1) and (groups, 1, columns)."""
     columns = use.columns
     if block.weight.columns is not None:  # several features of a linear layer are of one channel

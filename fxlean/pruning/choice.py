@@ -106,7 +106,7 @@ def _measured(
 
     def measure(candidate: nn.Module) -> float:
         assert callable(target.of)
-        measured = target.of(candidate)
+        measured = target.of(copied(candidate))  # it may change what it is given
         try:
             number = float(measured)
         except (TypeError, ValueError):

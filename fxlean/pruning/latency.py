@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..tracing.inputs import Arguments, call
+from ..tracing.leaves import replaced
 from ..tracing.sandbox import evaluating
 
 SECONDS, RUNS = 0.3, 5  # a measurement takes at least so long, and so many runs
@@ -24,7 +25,7 @@ def latency_on(arguments: Arguments) -> Callable[[nn.Module], float]:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         times: list[float] = []
         with evaluating(model):
-            call(model, arguments)
+            _seconds(model, arguments, device)
             began = time.perf_counter()
             while len(times) < RUNS or time.perf_counter() - began < SECONDS:
                 times.append(_seconds(model, arguments, device))
@@ -34,11 +35,12 @@ def latency_on(arguments: Arguments) -> Callable[[nn.Module], float]:
 
 
 def _seconds(model: nn.Module, arguments: Arguments, device: torch.device) -> float:
-    """The time of one run."""
+    """The time of one run, on copies: a model may write into its inputs."""
+    given: Arguments = replaced(arguments, lambda tensor: tensor.detach().clone())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     since = time.perf_counter()
-    call(model, arguments)
+    call(model, given)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - since

@@ -74,7 +74,11 @@ def check_ratio(ratio: Any) -> None:
 
 def _check_limits(at_least: Any, round_to: Any, granularity: str) -> None:
     """Reject what is no fraction and no multiple."""
-    fractions = at_least.values() if isinstance(at_least, Mapping) else [at_least or 0]
+    fractions = (
+        at_least.values()
+        if isinstance(at_least, Mapping)
+        else [0 if at_least is None else at_least]
+    )
     for fraction in fractions:
         number = isinstance(fraction, Real) and not isinstance(fraction, bool)
         if not number or not 0 <= fraction <= 1:

@@ -118,9 +118,9 @@ def _split(
     """Batches to calibrate on, and those held out: an eighth of each, or of single samples."""
     sizes = sample_counts(model, batches)
     samples = sum(sizes)
-    if samples < 3:
+    if samples < 4:
         raise ArgumentError(
-            f"batches hold {counted(samples, 'sample')}. Pass at least three, better some hundred, "
+            f"batches hold {counted(samples, 'sample')}. Pass at least four, better some hundred, "
             "of which a part is held out. A batch that is taken only as a whole counts as one."
         )
     data, held = [], []
@@ -174,6 +174,8 @@ def _check(
 ) -> None:
     """Reject arguments that make no sense, before anything is run."""
     check_names(options, prune)
+    if "calibration" in options:
+        raise ArgumentError("calibration is no option of shrink. Pass the batches as `batches`.")
     if (ratio is None) == (tolerance is None):
         raise ArgumentError(
             f"ratio is {shown(ratio)} and tolerance is {shown(tolerance)}. Pass one of them: the "

@@ -17,8 +17,8 @@ from ..costs import LayerCost
 from ..errors import ArgumentError, by_reason
 from ..selection.channels import Costs, removal_order
 from ..selection.methods import Method
-from ..tracing.arguments import resolve_ignored
-from .channels import Channels, Flags
+from ..tracing.arguments import public_name, resolve_ignored
+from .channels import Channels, Flags, ends
 from .prunable import Network
 
 COUNTED = ("kernels", "parameters", "macs")
@@ -51,7 +51,13 @@ def least_of(model: nn.Module, at_least: Any, layers: Sequence[str]) -> dict[str
     found = dict.fromkeys(layers, 0.0)
     for pattern, fraction in at_least.items():
         names = resolve_ignored(model, [pattern], "at_least")
-        inside = {layer for layer in layers for name in names if name.startswith(f"{layer}.")}
+        # A weight of no layer is a layer by its own name.
+        inside = {
+            layer
+            for layer in layers
+            for name in names
+            if name.startswith(f"{layer}.") or public_name(name) == layer
+        }
         found |= dict.fromkeys(inside, float(fraction))
     return found
 
@@ -175,18 +181,20 @@ def unit_costs(channels: Channels, of: str, least: Mapping[str, float]) -> Costs
     """The kernels, parameters or multiply-accumulates of every use, by its rows and columns."""
     uses = channels.units.uses
     product, linear, fewest = (np.zeros(len(uses)) for _ in range(3))
+    columns = [use.columns for use in uses]
     graph = channels.network.graph
     for number, (use, block) in enumerate(zip(uses, channels.blocks, strict=True)):
         if of == "kernels":
             prunable = block is not None and graph.kernel_start[block.first] >= 0
-            first = prunable and use.number == 0
-            each = block.columns * use.groups / len(use.columns) if first and block else 0.0
+            each = float(prunable and use.number == 0)
+            if each and block is not None:
+                columns[number] = ends(use, block)[1].reshape(-1)
         else:
             each = float(use.work if of == "macs" else use.elements)
         if use.groups == 1:
             product[number] = each
         else:
-            linear[number] = each * len(use.columns) / use.groups
+            linear[number] = each * len(columns[number]) / use.groups
         linear[number] += use.vectors * (of == "parameters")
         fewest[number] = (
             0 if use.is_norm else ceil(least.get(use.layer, 0.0) * len(use.rows) - 1e-9)
@@ -195,7 +203,7 @@ def unit_costs(channels: Channels, of: str, least: Mapping[str, float]) -> Costs
     none = np.zeros(len(others))
     return Costs(
         (*(use.rows for use in uses), *(units for _, _, units in others)),
-        (*(use.columns for use in uses), *[np.array([-1])] * len(others)),
+        (*columns, *[np.array([-1])] * len(others)),
         np.append(product, none),
         np.append(linear, [each for _, each, _ in others]),
         np.append(fewest, none).astype(np.int64),
@@ -243,7 +251,7 @@ def _largest_within(
 
     What is left grows with the number, nearly in proportion: so guess, and halve what is open.
     """
-    if left(most) <= ratio:
+    if ratio == 1 or left(most) <= ratio:
         return most
     low, high = 0, most
     below, above = left(low), 1.0

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import gcd, inf
+from math import inf, lcm
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +115,7 @@ def removal_order(
         before, read = rows[group.uses], columns[group.uses]
         after = before - len(members) * group.rows
         others = read - len(members) * group.columns
-        if not len(members) or (after < group.least).any() or others.min() < 1:
+        if not len(members) or (after < group.least).any() or (others[group.columns > 0] < 1).any():
             return inf, 0.0
         saved = group.product @ (before * read - after * others) + group.linear @ (before - after)
         return float(scores[members].sum() / saved) if saved > 0 else inf, float(saved)
@@ -180,8 +180,9 @@ def _classes(
     """The classes of all units that are not gone."""
     found = []
     for units, (uses, rows, columns) in alike(costs.rows, costs.columns, ~gone):
-        width = int(max(rows.max(), columns.max()))  # channels of a unit
-        multiple = (round_to or WIDE) // gcd(round_to or WIDE, width)
+        counts = np.concatenate([rows, columns])
+        counts = counts[counts > 0]  # channels of a unit, in every layer
+        multiple = lcm(*((round_to or WIDE) // np.gcd(round_to or WIDE, counts)).tolist())
         found.append(
             _Class(
                 uses,
@@ -192,7 +193,7 @@ def _classes(
                 costs.linear[uses],
                 units[np.argsort(scores[units], kind="stable")],
                 multiple,
-                0 if round_to else max(FINE // width, multiple),
+                0 if round_to else max(FINE // int(counts.min()), multiple),
             )
         )
     return found

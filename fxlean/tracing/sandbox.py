@@ -185,10 +185,17 @@ def paused_collection() -> Iterator[None]:
 
 
 def copied(model: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
-    """A deep copy, `shared` aside; computed weights, which deepcopy refuses, are detached in it."""
+    """A deep copy, `shared` aside; computed weights, which deepcopy refuses, are detached in it.
+
+    Every module is in the mode that it was in: graph modules do not take care of that.
+    """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    result = copy.deepcopy(model, memo)
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in result.named_modules():
+        module.training = modes.get(name, module.training)
+    return result

@@ -73,7 +73,24 @@ def split():
     return Split()
 
 
+class NonLocal(nn.Module):
+    """Products of matrices, viewed as what they are added to."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = conv(3, 16), conv(16, 16)
+        self.seen = nn.Conv2d(16, 48, 1, bias=False)
+        self.out, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 2, 1)
+
+    def forward(self, x):
+        y = F.relu(self.second(F.relu(self.first(x))))
+        query, key, value = self.seen(y).flatten(2).chunk(3, 1)
+        seen = value @ (query.transpose(1, 2) @ key).softmax(-1).transpose(1, 2)
+        return self.last(F.relu(y + self.out(seen.view_as(y))))
+
+
 MODELS = {
+    "non-local": (NonLocal, {"second": RUNS, "seen": "bmm"}),
     "in training": (lambda: Auxiliary(always=False), {"middle.0": TRAINS}),
     "for nothing": (lambda: Auxiliary(always=True), {"middle.0": RUNS}),
     "attention": (attentive, {"3": RUNS}),

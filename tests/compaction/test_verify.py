@@ -110,6 +110,26 @@ def test_one_sample_is_taken_twice_where_a_batch_norm_needs_more():
     assert not trains(pooled(4), (torch.rand(1, 3, 8, 8),))
 
 
+class Codebook(nn.Module):
+    """Keeps a running mean in a parameter, in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.mean.add_(x.mean((0, 2, 3)))
+        return x - self.mean[:, None, None]
+
+
+def test_parameters_that_training_writes_are_put_back():
+    model = Codebook()
+    assert trains(model, (torch.rand(1, 3, 8, 8),))
+    assert torch.equal(model.mean, torch.zeros(3))
+
+
 def test_a_model_that_rejects_what_is_given_raises():
     with pytest.raises(ValueError, match="no such size"):
         Check(Sum(accepts=lambda x: False), Sum(), (torch.rand(1, 3, 8),))

@@ -15,6 +15,7 @@ import fxlean
 from fxlean.calibration.shares import shares_of
 from fxlean.channels.walk import wire
 from fxlean.compaction.trials import units_of
+from fxlean.masking import without_masks
 from fxlean.nn import Selected
 from fxlean.pruning.channels import find_channels
 from fxlean.pruning.networks import example_and_data, network_of, with_lengths
@@ -163,7 +164,7 @@ def test_wide_layers_keep_multiples_of_8_unless_told_otherwise(round_to):
 def test_layers_keep_at_least_a_fraction(least):
     torch.manual_seed(0)
     model = stages()
-    inside = {"1.function.0.0", "1.function.1.0"} if least == {"1.*": 0.75} else None
+    inside = {"1.branches.0.0.0", "1.branches.0.1.0"} if least == {"1.*": 0.75} else None
     fxlean.prune(model, 0.6, X, granularity="channel", of="macs", method="random", at_least=least)
     found = widths(fxlean.compact(model, X))
     for name, count in list(found.items())[:-1]:
@@ -249,6 +250,97 @@ def test_latency_is_measured():
     assert result.left["macs"][0] < result.left["macs"][1]
 
 
+def test_a_layer_that_earlier_masks_removed_leaves_its_neighbours_free():
+    torch.manual_seed(0)
+    model = stages()
+    dead = model.get_submodule("1.branches.0.0.0")
+    torch.nn.utils.prune.custom_from_mask(dead, "weight", torch.zeros_like(dead.weight))
+    result = fxlean.prune(model, 0.05, X, granularity="channel", of="macs", method="l1")
+    assert widths(fxlean.compact(model, X))["0.0"] < 32
+    assert fxlean.report(fxlean.compact(model, X), X).macs == result.left["macs"][0]
+
+
+class Mixed(nn.Module):
+    """A linear layer that reads sixteen features of every channel, and one of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(3, 24, 3, 2, 1)
+        self.hidden, self.out = nn.Linear(24 * 17, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        wide, narrow = self.wide(x).relu(), self.narrow(x).relu().mean((2, 3))
+        return self.out(self.hidden(torch.cat([wide.flatten(1), narrow], 1)).relu())
+
+
+@pytest.mark.parametrize("ratio", [0.7, 0.5, 0.3])
+def test_kernels_are_counted_where_channels_have_unequal_numbers_of_features(ratio):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    result = fxlean.prune(Mixed(), ratio, x, granularity="channel", method="l1")
+    assert ratio - 0.05 < result.ratio <= ratio
+
+
+class Halving(nn.Sequential):
+    """Writes into its inputs."""
+
+    def forward(self, x):
+        return super().forward(x.div_(2))
+
+
+def test_inputs_are_not_written_to_while_latency_is_measured():
+    model, x = Halving(*stages()), torch.ones_like(X)
+    fxlean.prune(model, 0.9, x, granularity="channel", of="latency", method="l1")
+    assert torch.equal(x, torch.ones_like(X))
+
+
+def test_a_measure_may_change_the_networks_that_it_is_given():
+    def size(network):
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    def size_before_ruin(network):
+        count = size(network)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.zero_()
+        network[0] = nn.Identity()
+        return count
+
+    torch.manual_seed(0)
+    model = stages()
+    other, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    options = {"granularity": "channel", "method": "l1"}
+    result = fxlean.prune(model, 0.5, X, of=size_before_ruin, **options)
+    assert result.left == fxlean.prune(other, 0.5, X, of=size, **options).left
+    bare = without_masks(model, permanent=False)
+    assert all(torch.equal(before[name], now) for name, now in bare.state_dict().items())
+
+
+def test_nothing_goes_for_noise_of_a_measure_at_ratio_one():
+    model, values = stages(), iter(range(1, 1000))
+    result = fxlean.prune(
+        model, 1, X, granularity="channel", of=lambda network: float(next(values)), method="l1"
+    )
+    assert result.kept == result.total
+
+
+def test_weights_of_no_layer_keep_at_least_a_fraction():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.out = nn.Parameter(torch.randn(16, 3, 3, 3)), nn.Conv2d(16, 2, 1)
+
+        def forward(self, x):
+            return self.out(nn.functional.conv2d(x, self.w).relu())
+
+    torch.manual_seed(0)
+    options = {"method": "l1", "prune_outputs": True, "redundancy": False}
+    model = Functional()
+    for ratio in (0.8, 0.7):  # its parameter has another name where it is masked
+        result = fxlean.prune(model, ratio, X, at_least={"w": 0.9}, **options)
+        assert result.layers[0].kept >= 0.9 * result.layers[0].total
+
+
 @pytest.mark.parametrize("of", ["macs", "parameters"])
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_single_kernels_are_counted_by_what_they_cost(method, of):
@@ -277,6 +369,7 @@ def test_single_kernels_keep_a_fraction_of_every_layer():
         ({"granularity": "layer"}, "granularity is 'layer'. Pass one of kernel, channel"),
         ({"of": "flops"}, "of is 'flops'. Pass one of kernels, parameters, macs, latency, or a"),
         ({"at_least": 2}, "at_least is 2. Pass the fraction"),
+        ({"at_least": []}, r"at_least is \[\]. Pass the fraction"),
         ({"at_least": {"0": "x"}}, "at_least is {'0': 'x'}. Pass the fraction"),
         ({"at_least": {"nope": 0.5}}, r"^at_least entries match nothing in .*: 'nope'"),
         ({"round_to": 0}, "round_to is 0. Pass a whole number"),

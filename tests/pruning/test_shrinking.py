@@ -76,11 +76,11 @@ def test_a_network_shrinks_as_far_as_the_tolerance_allows(capsys):
     assert sizes[1] < sizes[0] < fxlean.report(model, images()[0]).macs
 
 
-@pytest.mark.parametrize("size", [1, 8])
-def test_few_images_of_a_classifier_tell_an_error(size, capsys):
+@pytest.mark.parametrize(("count", "size"), [(8, 1), (8, 8), (4, 1), (4, 2), (4, 4)])
+def test_few_images_of_a_classifier_tell_an_error(count, size, capsys):
     model = nn.Sequential(conv_bn_relu(3, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = model.append(nn.Linear(16, 4)).eval()
-    fxlean.shrink(model, 0.6, list(images()[0][:8].split(size)), rounds=1)
+    fxlean.shrink(model, 0.6, list(images()[0][:count].split(size)), rounds=1)
     assert 0 < float(capsys.readouterr().out.rsplit(":", 1)[1]) < 100
 
 
@@ -114,7 +114,8 @@ def test_options_are_those_of_prune():
         ({"ratio": 0.5, "distill": 1.5}, "distill is 1.5. Pass a whole number of at least 0"),
         ({"ratio": 0.5, "metod": "l1"}, "metod is no option. Did you mean method?"),
         ({"ratio": 0.5, "batches": torch.zeros(1, 3, 8, 8)}, "batches hold 1 sample. Pass at"),
-        ({"ratio": 0.5, "batches": torch.zeros(2, 3, 8, 8)}, "batches hold 2 samples"),
+        ({"ratio": 0.5, "batches": torch.zeros(3, 3, 8, 8)}, "batches hold 3 samples"),
+        ({"ratio": 0.5, "calibration": images()}, "calibration is no option of shrink. Pass the"),
         ({"ratio": 0.5, "batches": list(torch.zeros(2, 1, 3, 8, 8))}, "batches hold 2 samples"),
         ({"ratio": 1e-4}, "of the macs stay when all channels are gone that may go"),
     ],

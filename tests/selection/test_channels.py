@@ -73,7 +73,7 @@ def allowed_after(costs, gone, without):
         )
         if after[0] < before[0] and after[0] < max(1, costs.least[number]):
             return False
-        if after[1] < 1:
+        if after[1] < before[1] and after[1] < 1:
             return False
     return True
 

@@ -96,6 +96,12 @@ ZOO: dict[str, Case] = {
             conv(3, 4, bias=True), nn.ReLU(), conv(4, 6, bias=True), nn.ReLU(), conv(6, 2, 1)
         )
     ),
+    "scalar_slopes": Case(
+        lambda: nn.Sequential(
+            *(conv(3, 6, bias=True), nn.PReLU(), conv(6, 5, bias=True), nn.PReLU()),
+            conv(5, 2, 1),
+        )
+    ),
     "norm_without_affine": Case(
         lambda: between(conv(4, 6), nn.BatchNorm2d(6, affine=False), nn.ReLU(), outputs=6)
     ),

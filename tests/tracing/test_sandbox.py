@@ -10,7 +10,7 @@ from torch import nn
 
 import fxlean
 from fxlean.tracing.functions import functions_as_code
-from fxlean.tracing.sandbox import running
+from fxlean.tracing.sandbox import copied, running
 from fxlean.tracing.tracer import trace_model
 from tests.support.blocks import conv, conv_bn_relu
 from tests.support.compare import same_state
@@ -194,6 +194,13 @@ def test_only_what_is_close_to_a_module_is_looked_into():
         model[0].training = True
     assert model.near == [1]
     assert model[0].training
+
+
+def test_copies_of_graph_modules_are_in_the_same_mode():
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Dropout()))
+    model.eval()
+    model.get_submodule("1").train()
+    assert [m.training for m in copied(model).modules()] == [m.training for m in model.modules()]
 
 
 def test_inference_mode_leaves_ordinary_tensors():

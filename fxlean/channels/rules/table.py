@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,23 @@ def unary(site: Site) -> Flow:
         slope = reduce_to(slope.abs(), flow.ids, torch.amax)
         flow = make_flow(flow.ids, flow.gain * slope, site.shape)
     constants = [arg for arg in site.node.all_input_nodes if arg is not node]
-    return site.wiring.shift(flow, site.bias(at_zero, constants, flow.ids))
+    bias = site.bias(at_zero, constants, flow.ids)
+    if bias.masks and not _adds(site):  # one factor of many channels is none of theirs
+        own = [(name, index) for name, index in bias.masks if index.numel() == flow.ids.numel()]
+        bias = replace(bias, masks=own or None)
+    return site.wiring.shift(flow, bias)
+
+
+def _adds(site: Site) -> bool:
+    """Whether a function of zero and constants can be anything else than zero."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return (torch.rand(value.shape, generator=generator, device="cpu") + 0.5).to(value)
+
+    return bool(as_numbers(site.run(lambda _: torch.zeros(site.flow().ids.shape), drawn)).any())
 
 
 def joined(site: Site) -> Flow:
