@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .channels.calls import Convolution, Linear, nonzero_kernels, read_call
+from .channels.calls import Convolution, Linear, nonzero_kernels, read_call, samples_of
 from .channels.rules.movements import moves
 from .channels.weights import Constants, layer_name
 from .errors import ArgumentError
@@ -205,8 +205,9 @@ def layer_costs(model: nn.Module, traced: Trace) -> tuple[LayerCost, ...]:
     """The cost of every layer, in the order of the first calls."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     costs: dict[str, LayerCost] = {}
+    samples = samples_of(traced)
     for piece in traced.pieces:
-        for cost in _piece_costs(piece, tensors):
+        for cost in _piece_costs(piece, tensors, samples):
             known = costs.get(cost.name)
             costs[cost.name] = cost if known is None else _again(known, cost)
     return tuple(costs.values())
@@ -230,7 +231,7 @@ def _named_as(before: Sequence[LayerCost], layers: Sequence[LayerCost]) -> tuple
     return tuple(renamed(row) for row in layers)
 
 
-def _piece_costs(piece: Piece, tensors: Mapping[str, Tensor]) -> Iterator[LayerCost]:
+def _piece_costs(piece: Piece, tensors: Mapping[str, Tensor], samples: int) -> Iterator[LayerCost]:
     """The cost of every convolution and product with a weight, in the order of the calls."""
     state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
     constants = Constants(piece.graph, state, moves)
@@ -241,15 +242,15 @@ def _piece_costs(piece: Piece, tensors: Mapping[str, Tensor]) -> Iterator[LayerC
         dependent.add(node)
         call = read_call(node)
         if isinstance(call, Convolution | Linear) and call.weight not in dependent:
-            yield _cost(call, constants, piece.batch)
+            yield _cost(call, constants, samples)
 
 
-def _cost(call: Convolution | Linear, constants: Constants, batch: int) -> LayerCost:
+def _cost(call: Convolution | Linear, constants: Constants, samples: int) -> LayerCost:
     """The cost of one call."""
     weight = constants.value(call.weight)
     nonzero = nonzero_kernels(call, weight)
     kernels, left, area = nonzero.numel(), int(nonzero.sum()), weight.shape[2:].numel()
-    uses = area * call.positions // batch
+    uses = area * call.positions // samples
     return LayerCost(
         layer_name(constants.name(call.weight)),
         *(kernels, left),

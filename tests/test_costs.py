@@ -174,3 +174,35 @@ def test_multiply_accumulates_are_half_of_the_operations_that_torch_counts(model
     with FlopCounterMode(display=False) as counter:
         model(x)
     assert 2 * shape[0] * fxlean.report(model, x).macs == counter.get_total_flops()
+
+
+class TableFirst(nn.Module):
+    """Takes a table of another length before the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    def forward(self, table, x):
+        return self.layers(x) + table.mean()
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes", "samples"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)), [(3, 12, 12)], 1),
+        (nn.Conv3d(4, 2, 3), [(4, 6, 6, 6)], 1),
+        (nn.Conv1d(6, 2, 3), [(6, 9)], 1),
+        (TableFirst(), [(10, 2), (2, 3, 12, 12)], 2),
+        (TableFirst(), [(10, 2), (3, 12, 12)], 1),
+    ],
+)
+def test_costs_are_for_one_sample_whatever_comes_first(model, shapes, samples):
+    given = tuple(torch.zeros(shape) for shape in shapes)
+    with FlopCounterMode(display=False) as counter:
+        model(*given)
+    assert 2 * samples * fxlean.report(model, given).macs == counter.get_total_flops()
+
+
+def test_a_vector_without_a_batch_is_one_sample():
+    assert fxlean.report(nn.Linear(10, 5), torch.zeros(10)).macs == 50

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..tracing.inputs import batch_size
+from ..tracing.tracer import Trace
+
 aten = torch.ops.aten
 CONVOLUTIONS = frozenset(
     {
@@ -181,6 +184,20 @@ def read_call(node: fx.Node) -> Call | None:
     if operator in (aten.mm, aten.addmm):
         return _product(node)
     return _batch_norm(node) if operator in BATCH_NORMS else None
+
+
+def samples_of(trace: Trace) -> int:
+    """On how many samples a model was traced.
+
+    Those of its arguments, if convolutions get as many times something; without convolutions,
+    linear layers. Else, as for an image without a batch dimension, one.
+    """
+    count = batch_size(trace.arguments)
+    calls = [read_call(node) for piece in trace.pieces for node in piece.graph.graph.nodes]
+    sizes = [call.data.meta["val"].shape[0] for call in calls if isinstance(call, Convolution)] or [
+        call.positions for call in calls if isinstance(call, Linear)
+    ]
+    return count if any(size % count == 0 for size in sizes) else 1
 
 
 def _operands(node: fx.Node) -> tuple[Any, Any, Any]:

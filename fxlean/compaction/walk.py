@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..channels.calls import samples_of
 from ..channels.rules.movements import moves
 from ..channels.walk import source, walk
 from ..channels.weights import Constants
@@ -30,11 +31,11 @@ def slots_of(model: nn.Module, trace: Trace, follow: Collection[Any]) -> Slots:
         trace: its graphs.
         follow: operators whose sizes are taken to follow the number of channels, see `FOLLOW`.
     """
-    slots, uses = Slots(), Counter[str]()
+    slots, uses = Slots(batch=samples_of(trace)), Counter[str]()
     owners = owners_of(model, trace)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for piece in trace.pieces:
-        slots.batch, slots.walked = max(1, piece.batch), "input"
+        slots.walked = "input"
         state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
         uses.update({name: len(node.users) for node, (name, _) in state.items()})
         constants = Constants(piece.graph, state, moves, owners)

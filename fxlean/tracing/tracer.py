@@ -64,12 +64,6 @@ class Piece:
         return list(returned)
 
     @property
-    def batch(self) -> int:
-        """Number of samples: the leading size of the first input that has dimensions."""
-        shapes = [node.meta["val"].shape for node in self.input_nodes]
-        return next((int(shape[0]) for shape in shapes if shape), 1)
-
-    @property
     def _placeholders(self) -> list[torch.fx.Node]:
         return [node for node in self.graph.graph.nodes if node.op == "placeholder"]
 
