@@ -15,7 +15,7 @@ DENSE = "_fxlean_dense"  # on a layer that compaction has changed: names and sha
 KEPT = "_fxlean_kept"  # likewise: which places are left, by name and dimension of a tensor
 WIDTHS = (
     *("in_channels", "out_channels", "groups", "in_features", "out_features"),
-    *("num_features", "num_groups", "num_channels"),
+    *("num_features", "num_groups", "num_channels", "num_parameters"),
 )
 Shapes: TypeAlias = dict[str, list[int]]
 Form: TypeAlias = dict[str, Any]

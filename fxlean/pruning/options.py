@@ -63,12 +63,12 @@ def check(
 
 
 def check_ratio(ratio: Any) -> None:
-    """Reject what is no fraction of kernels to keep."""
+    """Reject what is no fraction to keep."""
     number = isinstance(ratio, Real) and not isinstance(ratio, bool)
     if not number or math.isnan(ratio) or not 0 < ratio <= 1:
         raise ArgumentError(
-            f"ratio is {shown(ratio)}. Pass the fraction of kernels to keep, above 0 and at most "
-            "1: 0.05 keeps 5 %."
+            f"ratio is {shown(ratio)}. Pass the fraction to keep, above 0 and at most 1: "
+            "0.05 keeps 5 %."
         )
 
 

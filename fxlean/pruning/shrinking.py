@@ -148,19 +148,21 @@ def _within(
     """The network pruned as far as the error of its outputs allows, in ever smaller steps."""
     known: Known = {}
     ratio, factor, best = 1.0, FACTOR, work
+    refused: ArgumentError | None = None
     while factor < FINEST and ratio > SMALLEST:
         trial = copied(best)
         try:
             prune(trial, ratio * factor, example, **options)
-        except ArgumentError:
-            if best is work:
-                raise
-            break
+        except ArgumentError as err:  # so much cannot go; less may
+            refused, factor = err, factor**0.5
+            continue
         repair_towards(trial, data, reference, known, progress=options["progress"])
         if error_of(trial) <= tolerance:
             best, ratio = trial, ratio * factor
         else:
             factor = factor**0.5
+    if best is work and refused is not None:
+        raise ArgumentError(f"whatever the tolerance: {refused}") from refused
     if best is work:
         raise ArgumentError(
             f"tolerance is {tolerance:g}, but the outputs change by more when {1 - factor:.1%} of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Container, Iterable
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..errors import ArgumentError, shown, some
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Reject what is no whole number, or too small."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise ArgumentError(f"{name} is {shown(value)}. Pass a whole number of at least {least}.")
 
 

@@ -453,6 +453,19 @@ def test_layers_that_know_more_come_back(norm, frozen, tmp_path):
     assert_same(small, other, [torch.randn(2, 3, 8, 8)])
 
 
+def test_the_number_of_slopes_comes_back(tmp_path):
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.Conv2d(8, 2, 1))
+
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(1, 3, 8, 8)
+    fxlean.prune(model, 0.5, x, granularity="channel", of="macs", method="l1")
+    small = fxlean.compact(model, x)
+    fxlean.save(small, tmp_path / "small")
+    again = fxlean.load(build(), tmp_path / "small")
+    assert str(again) == str(small)
+
+
 def test_a_norm_with_layers_of_its_own_can_select(tmp_path):
     def build():
         body = nn.Sequential(Normalised(32), conv(32, 32))

@@ -1,6 +1,7 @@
 """`shrink`: prune, repair and compact in one call."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -76,6 +77,18 @@ def test_a_network_shrinks_as_far_as_the_tolerance_allows(capsys):
     assert sizes[1] < sizes[0] < fxlean.report(model, images()[0]).macs
 
 
+def test_a_tolerance_goes_as_far_as_layers_may_shrink():
+    model = network()
+    with pytest.raises(fxlean.ArgumentError) as refused:
+        fxlean.shrink(model, 0.01, images(), rounds=1, at_least=0.77)
+    reachable = float(re.search(r"a ratio of at least ([\d.]+)", str(refused.value))[1])
+    small = fxlean.shrink(model, None, images(), tolerance=100, at_least=0.77, progress=False)
+    macs = [fxlean.report(m, images()[0]).macs for m in (small, model)]
+    assert reachable - 1e-3 <= macs[0] / macs[1] < 1.05 * reachable
+    with pytest.raises(fxlean.ArgumentError, match=r"whatever the tolerance: .* of the macs stay"):
+        fxlean.shrink(model, None, images(), tolerance=100, at_least=1.0)
+
+
 @pytest.mark.parametrize(("count", "size"), [(8, 1), (8, 8), (4, 1), (4, 2), (4, 4)])
 def test_few_images_of_a_classifier_tell_an_error(count, size, capsys):
     model = nn.Sequential(conv_bn_relu(3, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -107,7 +120,7 @@ def test_options_are_those_of_prune():
     [
         ({}, "ratio is None and tolerance is None. Pass one of them"),
         ({"ratio": 0.5, "tolerance": 0.1}, "ratio is 0.5 and tolerance is 0.1. Pass one"),
-        ({"ratio": 2}, "ratio is 2. Pass the fraction"),
+        ({"ratio": 2}, "ratio is 2. Pass the fraction to keep, above 0"),
         ({"tolerance": -1}, "tolerance is -1. Pass a number above 0"),
         ({"tolerance": 1e-12}, "tolerance is 1e-12, but the outputs change by more"),
         ({"ratio": 0.5, "rounds": 0}, "rounds is 0. Pass a whole number of at least 1"),
