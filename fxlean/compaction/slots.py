@@ -45,6 +45,7 @@ class Application:
     Attributes:
         call: of the operator.
         layer: name of the module.
+        weight: name of the parameter; "" for a batch norm.
         source, result: the values that it reads and writes.
         nonzero: shape (rows, columns of a group), True where the weight is not zero.
         groups: of the layer; a batch norm has one for each channel.
@@ -54,12 +55,19 @@ class Application:
 
     call: Convolution | Linear | BatchNorm
     layer: str
+    weight: str
     source: Value
     result: Value
     nonzero: Tensor
     groups: int
     size: tuple[int, int]
     work: int
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """Equal for calls with the same kernels in the same way, on as many channels."""
+        transposed = getattr(self.call, "transposed", False)
+        return self.weight, transposed, self.groups, len(self.source.slots), len(self.result.slots)
 
     @property
     def diagonal(self) -> bool:
@@ -187,7 +195,7 @@ class Slots:
             self.link_groups(slots, call.groups)
             self.link_groups(result.slots, call.groups)
         work = call.positions * weight.value.shape[2:].numel() // self.batch
-        self._apply(call, weight.layer, source, result, nonzero, call.groups, work)
+        self._apply(call, weight.layer, weight.name, source, result, nonzero, call.groups, work)
         return result.slots
 
     def affine(self, call: BatchNorm, flow: Flow, affine: Affine) -> Flow:
@@ -210,7 +218,7 @@ class Slots:
             zero = ~nonzero | (source.zero & ~shifted)
             result = self.new(zero)
             value = Value(result, zero)
-            self._apply(call, affine.layer, source, value, nonzero[:, None], channels, 0)
+            self._apply(call, affine.layer, "", source, value, nonzero[:, None], channels, 0)
         ids = result.repeat(call.samples).reshape(1, -1, *[1] * (len(flow.shape) - 2))
         return make_flow(ids, scalar_gain(len(flow.shape)), flow.shape)
 
@@ -218,6 +226,7 @@ class Slots:
         self,
         call: Convolution | Linear | BatchNorm,
         layer: str,
+        weight: str,
         source: Value,
         result: Value,
         nonzero: Tensor,
@@ -230,8 +239,9 @@ class Slots:
             read.numel() // len(source.slots) // self.batch,
             written.numel() // len(result.slots) // self.batch,
         )
-        application = Application(call, layer, source, result, nonzero, groups, size, work)
-        self.applications.append(application)
+        self.applications.append(
+            Application(call, layer, weight, source, result, nonzero, groups, size, work)
+        )
 
     def shift(self, flow: Flow, bias: Bias) -> Flow:
         """See `Builder`: what is not zero at zero is linked to what it is made of."""

@@ -74,6 +74,10 @@ def owners_of(model: nn.Module, trace: Trace) -> dict[str, str]:
 
 def _refuse(slots: Slots) -> None:
     """Pin what refused layers read and write, and drop their applications."""
+    forms: dict[str, tuple[object, ...]] = {}
+    for applied in slots.applications:
+        if forms.setdefault(applied.layer, applied.form) != applied.form:
+            slots.refused.add(applied.layer)
     slots.walked = "a layer whose parameters are used in another way as well"
     for applied in slots.applications:
         if applied.layer in slots.refused:

@@ -242,6 +242,42 @@ def test_layers_with_weights_that_cannot_be_cut_are_named():
     assert all(layer.kept == layer.total for layer in result.layers if layer.name in ("1", "2"))
 
 
+class Twice(nn.Module):
+    """Layers with weights that are applied both ways round, or two of which make one product."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.first, self.stem = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+        self.middle = nn.Conv2d(8, 16, 3, bias=False)
+        self.tip, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(8, 2, 1)
+        if kind == "factors":
+            self.middle.down = nn.Parameter(torch.randn(4, 8, 1, 1))
+            self.middle.up = nn.Parameter(torch.randn(16, 4, 1, 1))
+
+    def forward(self, x):
+        x = self.stem(self.first(x).relu()).relu()
+        found = self.middle(x)
+        if self.kind == "factors":
+            inside = x[:, :, 1:-1, 1:-1]
+            low = nn.functional.conv2d(inside, self.middle.down)
+            return self.tip(found + nn.functional.conv2d(low, self.middle.up))
+        found = self.tip(found.relu()).relu()
+        return self.last(nn.functional.conv_transpose2d(found, self.middle.weight).relu())
+
+
+@pytest.mark.parametrize("kind", ["transposed", "factors"])
+@pytest.mark.parametrize("granularity", ["kernel", "channel"])
+def test_weights_that_a_layer_applies_in_two_ways(kind, granularity):
+    torch.manual_seed(0)
+    model = Twice(kind)
+    result = fxlean.prune(model, 0.9, X, granularity=granularity, method="l1", prune_outputs=True)
+    small = fxlean.compact(model, X)
+    torch.testing.assert_close(small(X), model(X), rtol=1e-4, atol=1e-5)
+    if granularity == "channel":
+        assert result.left["parameters"][0] == sum(p.numel() for p in small.parameters())
+
+
 def test_latency_is_measured():
     torch.manual_seed(0)
     model = stages(128)
