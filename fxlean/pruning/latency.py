@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..tracing.inputs import Arguments, call
-from ..tracing.leaves import replaced
+from ..tracing.inputs import Arguments, call, copies_of
 from ..tracing.sandbox import evaluating
 
 SECONDS, RUNS = 0.3, 5  # a measurement takes at least so long, and so many runs
@@ -36,7 +35,7 @@ def latency_on(arguments: Arguments) -> Callable[[nn.Module], float]:
 
 def _seconds(model: nn.Module, arguments: Arguments, device: torch.device) -> float:
     """The time of one run, on copies: a model may write into its inputs."""
-    given: Arguments = replaced(arguments, lambda tensor: tensor.detach().clone())
+    given = copies_of(arguments)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     since = time.perf_counter()

@@ -161,9 +161,9 @@ def _within(
             best, ratio = trial, ratio * factor
         else:
             factor = factor**0.5
-    if best is work and refused is not None:
-        raise ArgumentError(f"whatever the tolerance: {refused}") from refused
     if best is work:
+        if refused is not None:
+            raise ArgumentError(f"whatever the tolerance: {refused}") from refused
         raise ArgumentError(
             f"tolerance is {tolerance:g}, but the outputs change by more when {1 - factor:.1%} of "
             f"the {options['of']} go. Pass a larger one, or more batches."

@@ -77,8 +77,13 @@ def call(model: nn.Module, arguments: Arguments) -> Any:
 
 def call_on_copies(model: nn.Module, arguments: Arguments) -> Any:
     """What a model returns for copies of some arguments, in which it may write."""
+    return call(model, copies_of(arguments))
+
+
+def copies_of(arguments: Arguments) -> Arguments:
+    """The arguments with copies of their tensors."""
     copies: Arguments = replaced(arguments, lambda tensor: tensor.detach().clone())
-    return call(model, copies)
+    return copies
 
 
 def batch_size(batch: Arguments) -> int:
