@@ -32,7 +32,8 @@ class LayerCost:
         kernels, kernels_left: slices from an input channel to an output channel, in all and
             those that are not zero.
         parameters, parameters_left: elements of these kernels.
-        macs, macs_left: multiply-accumulates for one sample.
+        macs, macs_left: multiply-accumulates for one sample. Products of two values that depend on
+            the inputs, as in attention, are no layer's.
     """
 
     name: str

@@ -40,9 +40,11 @@ def put_mask(module: nn.Module, name: str, mask: Tensor) -> None:
     # As `prune.custom_from_mask` does, which also makes a mask of ones and multiplies by it.
     order = [f"{key}_orig" if key == name else key for key in module._parameters]
     parameter = module._parameters.pop(name)
+    assert parameter is not None
     module.register_parameter(f"{name}_orig", parameter)
     _reorder(module, order)
-    module.register_buffer(f"{name}_mask", mask.to(parameter, copy=True))
+    # Laid out like the parameter, channels last perhaps, so that their product is as well.
+    module.register_buffer(f"{name}_mask", torch.empty_like(parameter.detach()).copy_(mask))
     hook = prune.CustomFromMask(mask)
     hook._tensor_name = name
     setattr(module, name, hook.apply_mask(module))

@@ -19,7 +19,7 @@ from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
 from ..tracing.sandbox import copied, evaluating, on_cpu, ordinary, paused_collection
 from ..tracing.tracer import Trace, trace_model
-from .cut import count_groups, narrow_parameter, part_of, shell, shrink
+from .cut import count_groups, narrow_parameter, part_of, replace_module, shell, shrink
 from .exported.writer import rewritten
 from .fold import fold, is_frozen
 from .plan import choose_slots, layers_of
@@ -212,7 +212,7 @@ def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
         module = result.get_submodule(name)
         smaller = shrink(module, part_of(applications, kept))
         if smaller is not module:
-            _replace(result, module, smaller)
+            replace_module(result, module, smaller)
     return result
 
 
@@ -239,11 +239,3 @@ def fitted(model: nn.Module, arguments: Arguments) -> nn.Module:
     for module, count in channels.items():
         module.num_features = count
     return model
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, everywhere."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old and parent is not new:
-                parent._modules[name] = new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,20 +112,14 @@ def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
     if rows.all() and columns.all():
         return
     left = groups if groups == 1 else int(rows.sum()) * groups // len(rows)
-    chosen, read = rows.nonzero().flatten(), columns.nonzero().flatten()
-    for tensors in (module._parameters, module._buffers):
-        for name, tensor in tensors.items():
-            if tensor is None or tensor.dim() == 0:
-                continue
-            transposed = tensor.dim() > 1 and getattr(module, "transposed", False)
-            first, second = (read, chosen) if transposed else (chosen, read)
-            part = tensor.detach().index_select(0, first.to(tensor.device))
-            note_kept(module, name, 0, first)
-            if tensor.dim() > 1 and groups == 1:
-                part = part.index_select(1, second.to(tensor.device))
-                note_kept(module, name, 1, second)
-            trained = isinstance(tensor, nn.Parameter)
-            tensors[name] = nn.Parameter(part, tensor.requires_grad) if trained else part
+    for tensors, name, tensor, sides in _tensors(module, rows, columns, groups):
+        part = tensor.detach()
+        for dim, side in enumerate(sides):
+            chosen = side.nonzero().flatten()
+            part = part.index_select(dim, chosen.to(tensor.device))
+            note_kept(module, name, dim, chosen)
+        trained = isinstance(tensor, nn.Parameter)
+        tensors[name] = nn.Parameter(part, tensor.requires_grad) if trained else part
     widths = {"in": int(columns.sum()), "out": int(rows.sum())}
     if isinstance(module, nn.modules.batchnorm._NormBase):
         module.num_features = widths["out"]
@@ -135,19 +129,74 @@ def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
         module.in_channels, module.out_channels, module.groups = widths["in"], widths["out"], left
 
 
+def blank(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
+    """Zeros in place of these rows and columns in new parameters of a layer."""
+    for tensors, name, tensor, sides in _tensors(module, rows, columns, groups):
+        if isinstance(tensor, nn.Parameter):
+            value = tensor.detach()
+            for dim, side in enumerate(sides):
+                value = value.index_fill(dim, side.nonzero().flatten().to(tensor.device), 0)
+            tensors[name] = nn.Parameter(value, tensor.requires_grad)
+
+
+def _tensors(
+    module: Any, rows: Tensor, columns: Tensor, groups: int
+) -> Iterator[tuple[dict[str, Any], str, Tensor, list[Tensor]]]:
+    """The tensors of a layer that hold its channels, and which of these lie along dimension 0, 1.
+
+    What else hangs on a layer, such as the counters of a profiler, is not of that size.
+    """
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is None or tensor.dim() == 0:
+                continue
+            sides = [rows, columns] if tensor.dim() > 1 else [rows]
+            if tensor.dim() > 1 and getattr(module, "transposed", False):
+                sides.reverse()
+            sides = sides if groups == 1 else sides[:1]
+            if [len(side) for side in sides] == [*tensor.shape[: len(sides)]]:
+                yield tensors, name, tensor, sides
+
+
 def narrow_parameter(model: nn.Module, name: str, dim: int, kept: Tensor) -> None:
     """Leave only these channels, along a dimension, in a parameter; in place, wherever it is."""
     if kept.all():
         return
     whole, places = model.get_parameter(name), kept.nonzero().flatten()
     part = whole.detach().index_select(dim, places.to(whole.device))
-    smaller = nn.Parameter(part, whole.requires_grad)
-    for module in model.modules():
-        for key in [key for key, held in module._parameters.items() if held is whole]:
-            module._parameters[key] = smaller
-            note_kept(module, key, dim, places)
-            if isinstance(module, nn.PReLU):
-                module.num_parameters = len(smaller)
+    for module, key in _put(model, whole, part):
+        note_kept(module, key, dim, places)
+        if isinstance(module, nn.PReLU):
+            module.num_parameters = len(part)
+
+
+def blank_parameter(model: nn.Module, name: str, dim: int, gone: Tensor) -> None:
+    """Zeros in place of these channels, along a dimension, in a parameter, wherever it is."""
+    whole = model.get_parameter(name)
+    places = gone.nonzero().flatten().to(whole.device)
+    _put(model, whole, whole.detach().index_fill(dim, places, 0))
+
+
+def _put(model: nn.Module, old: nn.Parameter, value: Tensor) -> list[tuple[nn.Module, str]]:
+    """Put a new parameter of a value in the place of an old one; in which modules, and its name."""
+    new = nn.Parameter(value, old.requires_grad)
+    found = [
+        (module, key)
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is old
+    ]
+    for module, key in found:
+        module._parameters[key] = new
+    return found
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, everywhere."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old and parent is not new:
+                parent._modules[name] = new
 
 
 def count_groups(module: Any, groups: int, kept: Tensor) -> None:

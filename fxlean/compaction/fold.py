@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..channels.calls import BatchNorm, Convolution, read_call
 from ..tracing.tracer import Piece, Trace
+from .cut import replace_module
 from .walk import owners_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # and nothing else
@@ -35,8 +36,8 @@ def fold(model: nn.Module, trace: Trace) -> bool:
         if any(uses[name] > 1 for name in names) or rest is None:
             continue
         fused = fuse_conv_bn_eval(conv, norm, conv.transposed)
-        for name, module in zip(names, (fused, rest.eval()), strict=True):
-            model.set_submodule(name, module)
+        replace_module(model, conv, fused)
+        replace_module(model, norm, rest.eval())
         found = True
     return found
 

@@ -22,7 +22,9 @@ from ..channels.site import Site
 from .slots import Slots
 
 aten = torch.ops.aten
-SPLITS = frozenset({aten.split, aten.split_with_sizes})
+SPLITS = frozenset(
+    {aten.split, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes}
+)
 SHUFFLES = frozenset({aten.channel_shuffle, aten.native_channel_shuffle})
 SIZED = RESHAPED | {aten.expand}  # calls that say how large their result is
 PARAMETERS = "parameters"  # of element-wise operators, which are cut with the channels

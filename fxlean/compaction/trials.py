@@ -1,8 +1,9 @@
 """Units that the code of a model can do without, which trials show.
 
 The sizes in a graph are numbers. Whether the code computes them, or has them written into it, shows
-when it runs on fewer channels; so does a layer that no output depends on, or that runs in training
-only, and reads channels that the graph knows nothing of.
+when it runs on fewer channels, beside a copy that has zeros in their place; so does a layer that no
+output depends on, or that runs in training only, and reads channels that the graph knows nothing
+of.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from ..selection.channels import alike
 from ..tracing.inputs import Arguments
 from ..tracing.tracer import Trace, trace_model
 from .attempts import fitted
-from .cut import count_groups, narrow, narrow_parameter, shell
+from .cut import blank, blank_parameter, count_groups, narrow, narrow_parameter, shell
 from .rules import FOLLOW
 from .slots import Slots
 from .units import Units, units_among
-from .verify import outputs, trains
+from .verify import Check, trains
 from .walk import slots_of
 
 Kind = NDArray[np.int64]  # the numbers of units that the same layers write and read
 Trial = Callable[[Sequence[Kind]], str]
 TRIALS = 64  # to find out which kinds a model needs, after it has failed without some of all
-RUNS = "the model does not run without some of them"
+SAME = "the model does not do the same without some of them"
 TRAINS = "the model does not train without some of them"
 
 
@@ -48,12 +49,11 @@ def units_of(model: nn.Module, trace: Trace) -> Units:
         slots = slots_of(bare, trace, follow)
         units = units_among(bare, slots)
         hidden = _has_hidden(bare, slots)
-        if slots.assumed or hidden or failure:
-            trial = _trial(bare, units, trace, training=hidden and can_train())
-            units, failure = _tried(units, trial)
+        trial = _trial(bare, units, trace, training=hidden and can_train())
+        units, failure = _tried(units, trial)
         if best is None or units.count > best.count:
             best = units
-        if failure != RUNS or not slots.assumed:
+        if failure != SAME or not slots.assumed:
             break
     assert best is not None
     return best
@@ -93,9 +93,9 @@ def _has_hidden(bare: nn.Module, slots: Slots) -> bool:
 def _trial(bare: nn.Module, units: Units, trace: Trace, *, training: bool) -> Trial:
     """What goes wrong without a third of the units of some kinds, or an empty string.
 
-    Nothing does if the model returns tensors of the same shapes and, with `training`, trains.
+    Nothing does if the model computes the same as with zeros in their place, and with `training`
+    trains.
     """
-    arguments, shapes = trace.arguments, [tensor.shape for tensor in trace.results]
 
     def problem(kinds: Sequence[Kind]) -> str:
         gone = np.zeros(units.count, dtype=bool)
@@ -105,16 +105,28 @@ def _trial(bare: nn.Module, units: Units, trace: Trace, *, training: bool) -> Tr
         for use in units.uses:  # no layer loses all of its channels
             for side in (use.rows, use.columns):
                 gone[side[side >= 0]] &= stays[side].any()
-        try:
-            smaller = cut(bare, units, gone, arguments)
-            (found,) = outputs(smaller, [arguments])
-        except Exception:  # whatever the code of the model raises on fewer channels
-            return RUNS
-        if [tensor.shape for tensor in found] != shapes:
-            return RUNS
-        return "" if not training or trains(smaller, arguments) else TRAINS
+        if not gone.any():
+            return ""
+        smaller = cut(bare, units, gone, trace.arguments)
+        check = Check(_blanked(bare, units, gone), bare, trace.arguments, noise=False)
+        if check.difference(smaller):
+            return SAME
+        return "" if not training or trains(smaller, trace.arguments) else TRAINS
 
     return problem
+
+
+def _blanked(bare: nn.Module, units: Units, gone: NDArray[np.bool_]) -> nn.Module:
+    """The model of full size with zeros in place of some units, True where they go."""
+    goes = np.append(gone, False)
+    result = shell(bare)
+    for use in units.uses:
+        if use.number == 0:
+            rows, columns = (torch.from_numpy(goes[side]) for side in (use.rows, use.columns))
+            blank(result.get_submodule(use.layer), rows, columns, use.groups)
+    for name, (dim, _, channels) in units.parameters.items():
+        blank_parameter(result, name, dim, torch.from_numpy(goes[channels]))
+    return result
 
 
 def _tried(units: Units, problem: Trial) -> tuple[Units, str]:

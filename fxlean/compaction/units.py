@@ -112,7 +112,8 @@ def units_among(bare: nn.Module, slots: Slots) -> Units:
     for applied in slots.applications:
         module = bare.get_submodule(applied.layer)
         first, is_norm = seen[applied.layer] == 0, isinstance(applied.call, BatchNorm)
-        matrices = [p for p in module.parameters() if p.dim() > 1 and not is_norm]
+        own = [*module.parameters(recurse=False)]
+        matrices = [p for p in own if p.dim() > 1 and not is_norm]
         uses.append(
             Use(
                 applied.layer,
@@ -121,7 +122,7 @@ def units_among(bare: nn.Module, slots: Slots) -> Units:
                 label[applied.source.slots].numpy(),
                 applied.groups,
                 sum(p.shape[2:].numel() for p in matrices) * first,
-                sum(p.dim() == 1 for p in module.parameters()) * first,
+                sum(p.dim() == 1 for p in own) * first,
                 applied.work,
                 is_norm,
             )

@@ -15,7 +15,10 @@ from ..selection.takeover import Reading
 from .prunable import Network
 
 Flags = NDArray[np.bool_]
-COMPUTED = "a weight that is computed, as by weight norm, or used in other ways as well"
+COMPUTED = (
+    "a weight that is computed, as by weight norm, that no convolution or linear layer owns, as in "
+    "a recurrent layer, or that is used in other ways as well"
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..channels.weights import Weight
+from ..compaction.verify import outputs
+from ..errors import ArgumentError
 from ..masking import put_mask, refresh_from
-from ..tracing.sandbox import on_cpu, untouched
+from ..tracing.inputs import Arguments
+from ..tracing.leaves import tensors_in
+from ..tracing.sandbox import on_cpu
+from ..tracing.tracer import Trace
 from .prunable import Network
 
 
@@ -81,7 +88,7 @@ def _mask_scales(mask: Tensor, scale_mask: Tensor, weight: Weight) -> None:
 
 
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], called: frozenset[str]) -> None:
-    """Put masks on the model, combined with those that are there; all of them or none.
+    """Put masks on the model, combined with those that are there.
 
     Args:
         model: modified in place.
@@ -94,12 +101,49 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], called: frozenset
         for name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((path, name))
     # Without gradients the masked weights can be deep-copied; the next forward pass renews them.
-    with untouched(model, always=False), torch.no_grad():
+    # Without gradients the masked weights can be deep-copied; the next forward pass renews them.
+    with torch.no_grad():
         for key in [key for key in parameters if key in masks]:  # names in the same order always
             for path, name in holders[id(parameters[key])]:
                 put_mask(model.get_submodule(path), name, masks[key])
                 if path not in called:
                     _refresh_from_caller(model, path, called)
+
+
+def check_outputs(model: nn.Module, trace: Trace) -> None:
+    """Reject masks with which a model returns no numbers any more, on what it was traced on."""
+    if not _is_finite(trace.results):
+        return
+    (found,) = outputs(model, [trace.arguments])
+    if not _is_finite(found):
+        raise ArgumentError(
+            f"with these masks {type(model).__name__} returns NaN or infinity, as "
+            f"{_first_undefined(model, trace.arguments)} does where a channel is zero. Add a small "
+            "number to what it divides by or takes the logarithm of, or ignore the layers before."
+        )
+
+
+def _first_undefined(model: nn.Module, arguments: Arguments) -> str:
+    """The first module, from the inside, that makes NaN or infinity of numbers."""
+    found: list[str] = []
+
+    def look(name: str, _: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        if _is_finite(args) and not _is_finite(result):
+            found.append(name)
+
+    handles = [
+        module.register_forward_hook(partial(look, name)) for name, module in model.named_modules()
+    ]
+    try:
+        outputs(model, [arguments])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next(filter(None, found), type(model).__name__)
+
+
+def _is_finite(tree: Any) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors_in(tree))
 
 
 def _refresh_from_caller(model: nn.Module, path: str, called: frozenset[str]) -> None:

@@ -17,11 +17,11 @@ from ..errors import PruneWarning, warn
 from ..ranks import agreed
 from ..selection.methods import METHODS, SHARE
 from ..tracing.arguments import check_finite, unwrapped
-from ..tracing.sandbox import ordinary, paused_collection
+from ..tracing.sandbox import ordinary, paused_collection, untouched
 from ..tracing.tracer import trace_model
 from .choice import choose_channels, choose_kernels
 from .latency import latency_on
-from .masks import apply_masks, parameter_masks
+from .masks import apply_masks, check_outputs, parameter_masks
 from .networks import example_and_data, network_of, with_lengths
 from .options import LATENCY, check
 from .progress import Stages
@@ -86,7 +86,8 @@ def prune(
             on this machine, compacted, in eval mode, on the example inputs. Or a function that
             measures a compacted model.
         at_least: the fraction of its kernels or channels that every layer keeps; or a mapping from
-            layers, named as for `ignore`, to fractions. A layer keeps at least one channel.
+            layers, named as for `ignore`, to fractions, of which the last that matches counts. A
+            layer keeps at least one channel.
         round_to: numbers of channels are multiples of it; for whole channels. If left out, where
             more than 64 can go one by one, multiples of 8 go, which computers are faster with.
         progress: show a bar; by default on a terminal, if it takes seconds.
@@ -96,8 +97,8 @@ def prune(
 
     Raises:
         ArgumentError: an argument makes no sense, the model rejects the example inputs, there
-            is nothing to prune, the ratio cannot be reached, or weights hold NaN or infinity. It
-            is a ValueError.
+            is nothing to prune, the ratio cannot be reached, weights hold NaN or infinity, or the
+            outputs would. It is a ValueError.
         TraceError: no example inputs were given and none that were tried fit.
 
     Warns:
@@ -167,7 +168,9 @@ def prune(
         stages.start("masks")
         masks = parameter_masks(model, network, keep, zero, maskable)
         unpruned = fingerprint(model) if is_unpruned(model) else None
-        apply_masks(model, masks, trace.called)
+        with untouched(model, always=False):
+            apply_masks(model, masks, trace.called)
+            check_outputs(model, trace)
         remember(model, unpruned)
     result = PruneResult(
         method=method,

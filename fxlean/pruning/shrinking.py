@@ -20,7 +20,7 @@ from ..calibration.samples import relative_output_error, sample_counts, spacing
 from ..compaction.attempts import compact
 from ..costs import report
 from ..errors import ArgumentError, counted, shown
-from ..tracing.arguments import check_count, check_traceable, check_unfrozen, unwrapped
+from ..tracing.arguments import check_count, check_traceable, unwrapped
 from ..tracing.inputs import Arguments, some_samples
 from ..tracing.sandbox import copied
 from .options import check, check_names
@@ -95,6 +95,9 @@ def shrink(
         check_training(bare, data)
     given |= {"calibration": data, "progress": progress}
     work = copied(bare)
+    frozen = not any(parameter.requires_grad for parameter in work.parameters())
+    if frozen:  # as the model is, but the copy may change
+        work.requires_grad_(True)
     if tolerance is not None:
         work = _within(work, bare, example, data, tolerance, given, error_of)
     else:
@@ -105,6 +108,8 @@ def shrink(
         trained = copied(work)
         distill_model(trained, data, bare, distill, progress=progress)
         work = min(work, trained, key=error_of)
+    if frozen:
+        work.requires_grad_(False)
     small = compact(work, example)
     if progress is not False:
         tqdm.write(str(report(small, example, before=bare)))
@@ -193,6 +198,5 @@ def _check(
         )
     check_count("rounds", rounds)
     check_count("distill", distill, least=0)
-    check_unfrozen(model)
     if distill:
         check_trainable(model)

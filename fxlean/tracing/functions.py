@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd import Function, function
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+aten = torch.ops.aten
+EXPANDS = {aten.expand.default, aten.view.default, aten._unsafe_view.default}
 LINEAR = F.linear
 PRODUCTS = {LINEAR, torch.matmul, Tensor.matmul, Tensor.__matmul__}
 PLACE = "custom_function_call"  # what `apply` ends in under a function transform
@@ -102,3 +104,45 @@ def _multiplied(product: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         return product(*args, **kwargs)
     left, *others = args
     return product(left.flatten(0, -2), *others, **kwargs).unflatten(0, left.shape[:-1])
+
+
+def multiply_by_matrices(module: fx.GraphModule, inputs: Collection[fx.Node]) -> None:
+    """Let products by a weight that torch has expanded be products of two matrices, in place.
+
+    For what no mode sees: the products of recurrent layers, which are not written in Python.
+    """
+    graph, dependent = module.graph, set(inputs)
+    for node in list(graph.nodes):
+        if dependent.isdisjoint(node.all_input_nodes):
+            continue
+        dependent.add(node)
+        weight = _expanded(node.args[1]) if node.target is aten.bmm.default else None
+        if weight is None or weight in dependent:
+            continue
+        data, shape = node.args[0], node.meta["val"].shape
+        with graph.inserting_before(node):
+            for operator, *args in (
+                (aten.reshape.default, (-1, data.meta["val"].shape[-1])),
+                (aten.mm.default, weight),
+                (aten.view.default, tuple(shape)),
+            ):
+                values = fx.map_arg(tuple(args), lambda arg: arg.meta["val"])
+                result = operator(data.meta["val"], *values)
+                data = graph.call_function(operator, (data, *args))
+                data.meta["val"] = result
+        dependent.add(data)
+        node.replace_all_uses_with(data)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _expanded(node: fx.Node) -> fx.Node | None:
+    """The matrix that a batch of matrices repeats; None if it does not."""
+    while node.meta["val"].dim() > 2:
+        if node.target not in EXPANDS:
+            return None
+        (source, *_) = node.all_input_nodes
+        if source.meta["val"].shape[-2:] != node.meta["val"].shape[-2:]:
+            return None
+        node = source
+    return node

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import ArgumentError, first_line
 from .leaves import is_ordinary, tensors_in
 from .snapshot import Snapshot
 
@@ -194,8 +195,28 @@ def copied(model: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
-    result = copy.deepcopy(model, memo)
+    try:
+        result = copy.deepcopy(model, dict(memo))
+    except Exception as err:  # whatever an attribute raises
+        attribute = _uncopied(model, memo)
+        if attribute is None:
+            raise
+        raise ArgumentError(
+            f"{type(model).__name__} cannot be copied, for its attribute {attribute} cannot: "
+            f"{first_line(err)}. Delete it, or set it to None, before the call."
+        ) from err
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in result.named_modules():
         module.training = modes.get(name, module.training)
     return result
+
+
+def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str | None:
+    """The attribute that keeps a model from being copied, if any does."""
+    for path, module in reversed([*model.named_modules()]):
+        for key, value in vars(module).items():
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                return f"{path}.{key}".removeprefix(".")
+    return None

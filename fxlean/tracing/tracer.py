@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import ArgumentError, PruneWarning, TraceError, first_line, some, warn
 from .arguments import check_traceable
-from .functions import functions_as_code, products_by_matrices
+from .functions import functions_as_code, multiply_by_matrices, products_by_matrices
 from .hooks import only_hooks
 from .inputs import Arguments
 from .leaves import replaced, strangers_in, tensors_in
@@ -193,6 +193,8 @@ def _graph(
             # Some composite operators, such as circular padding, come apart too late.
             again = torch.func.functionalize(torch.fx.Interpreter(graph).run)
             graph = _pure(again, values + tensors)
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        multiply_by_matrices(graph, placeholders[len(state) :])
     if any(is_symbolic(node.meta.get("val")) for node in graph.graph.nodes):
         raise TraceError("it has values or sizes that depend on the inputs")
     if not _is_faithful(graph, call, dependent):

@@ -58,6 +58,29 @@ def test_norms_by_the_statistics_of_an_instance_or_batch(norm, options, samples)
     assert small[3].weight.shape == (16, 16, 3, 3)
 
 
+class Normed(nn.Conv2d):
+    """A convolution with a norm inside, and the counter of a profiler."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.norm = nn.BatchNorm2d(self.out_channels)
+        self.register_buffer("total_ops", torch.zeros(1))
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+def test_what_else_hangs_on_a_layer_is_not_cut_with_it_or_counted_twice():
+    torch.manual_seed(0)
+    layers = Normed(3, 32, 3, bias=False), nn.ReLU(), Normed(32, 32, 3, bias=False), conv(32, 4)
+    model, x = nn.Sequential(*layers).eval(), torch.randn(1, 3, 12, 12)
+    randomise_norms(model)
+    result = fxlean.prune(model, 0.5, x, granularity="channel", of="parameters", method="l1")
+    small = check(model, x, torch.randn(2, 3, 15, 13))
+    assert sum(p.numel() for p in small.parameters()) == result.left["parameters"][0]
+    assert small[0].total_ops.shape == (1,)
+
+
 class Mlp(nn.Module):
     """Pointwise layers as linear ones, with the channels last."""
 

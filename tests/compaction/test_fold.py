@@ -50,6 +50,24 @@ def test_a_batch_norm_stays_where_something_else_reads_the_convolution():
     assert worst_error(frozen(x), model(x)) < 1e-5
 
 
+def test_layers_under_two_names_are_folded_under_both():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.last = conv(3, 4), nn.BatchNorm2d(4), conv(4, 2)
+            self.body = nn.Sequential(self.conv, self.norm)
+
+        def forward(self, x):
+            return self.last(self.body(x))
+
+    model, x = Named().eval().requires_grad_(False), torch.randn(1, 3, 8, 8)
+    randomise_norms(model)
+    frozen = compact(model, x)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
+    assert frozen.conv is frozen.body[0]
+    assert worst_error(frozen(x), model(x)) < 1e-5
+
+
 class Activated(nn.BatchNorm2d):
     """A batch norm that brings an activation along, as those of timm do."""
 

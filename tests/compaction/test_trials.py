@@ -11,7 +11,7 @@ from torch import nn
 
 import fxlean
 from fxlean.compaction import trials
-from fxlean.compaction.trials import RUNS, TRAINS, cut, units_of
+from fxlean.compaction.trials import SAME, TRAINS, cut, units_of
 from fxlean.tracing.tracer import trace_model
 from tests.support.blocks import conv, conv_bn
 
@@ -89,12 +89,50 @@ class NonLocal(nn.Module):
         return self.last(F.relu(y + self.out(seen.view_as(y))))
 
 
+class Moved(nn.Module):
+    """Code that runs with fewer channels between its layers, but does something else."""
+
+    def __init__(self, move):
+        super().__init__()
+        self.move = move
+        self.first, self.second, self.third = conv(3, 16), conv(16, 12), conv(12, 8)
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        y = self.second(self.move(F.relu(self.first(x))))
+        return self.last(F.relu(self.third(F.relu(y))))
+
+
+def in_eights(y):
+    """Every eighth channel side by side, of any number of eights."""
+    return y.view(len(y), -1, 8, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
+
+
+def shuffled_back(y):
+    """The inverse of a channel shuffle in two groups."""
+    return y.view(len(y), y.shape[1] // 2, 2, *y.shape[2:]).transpose(1, 2).flatten(1, 2)
+
+
+def by_width(y):
+    """Divided by the root of the number of channels."""
+    return y * y.shape[1] ** -0.5
+
+
+def undefined(y):
+    """Divided by the norm, which a channel of zeros cannot be."""
+    return y / y.norm(dim=(2, 3), keepdim=True)
+
+
 MODELS = {
-    "non-local": (NonLocal, {"second": RUNS, "seen": "bmm"}),
+    "in eights": (lambda: Moved(in_eights), {"first": SAME}),
+    "shuffled back": (lambda: Moved(shuffled_back), {"first": SAME}),
+    "by width": (lambda: Moved(by_width), {"first": SAME}),
+    "undefined": (lambda: Moved(undefined), {"first": SAME}),
+    "non-local": (NonLocal, {"second": SAME, "seen": "bmm"}),
     "in training": (lambda: Auxiliary(always=False), {"middle.0": TRAINS}),
-    "for nothing": (lambda: Auxiliary(always=True), {"middle.0": RUNS}),
-    "attention": (attentive, {"3": RUNS}),
-    "split": (split, {"first": RUNS}),
+    "for nothing": (lambda: Auxiliary(always=True), {"middle.0": SAME}),
+    "attention": (attentive, {"3": SAME}),
+    "split": (split, {"first": SAME}),
 }
 
 
@@ -145,7 +183,7 @@ def test_halving_finds_what_is_needed(seed):
     needed = set(draw.sample(range(len(kinds)), draw.randint(0, min(4, len(kinds)))))
 
     def problem(some):
-        return RUNS if needed & {int(kind[0]) for kind in some} else ""
+        return SAME if needed & {int(kind[0]) for kind in some} else ""
 
     free = trials._without_needed(problem, kinds)
     assert {int(kind[0]) for kind in free} == set(range(len(kinds))) - needed
@@ -156,7 +194,7 @@ def test_after_many_trials_what_is_still_in_question_stays():
 
     def problem(some):
         asked.append(some)
-        return RUNS if any(int(kind[0]) % 2 for kind in some) else ""
+        return SAME if any(int(kind[0]) % 2 for kind in some) else ""
 
     kinds = [np.array([number]) for number in range(1000)]
     free = trials._without_needed(problem, kinds)

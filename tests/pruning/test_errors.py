@@ -292,3 +292,26 @@ def test_a_model_of_which_nothing_is_left(ratio, message):
     model = nn.Sequential(*[nn.Conv2d(5, 5, 1) for _ in range(5)])
     with pytest.warns(fxlean.PruneWarning, match=message):
         fxlean.prune(model, ratio, torch.zeros(1, 5, 4, 4), method="random")
+
+
+class Normed(nn.Module):
+    """Every channel over its own norm, with nothing added to that."""
+
+    def forward(self, x):
+        return x / x.norm(dim=(2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_masks_that_make_the_outputs_no_numbers_are_refused(masked):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3, bias=False), Normed(), nn.Conv2d(16, 4, 3), nn.Conv2d(4, 2, 1)
+    model, x = nn.Sequential(*layers), torch.randn(1, 3, 8, 8)
+    if masked:
+        fxlean.prune(model, 0.9, x, method="random")
+    before = snapshot(model)
+    with pytest.raises(
+        fxlean.ArgumentError,
+        match=r"Sequential returns NaN or infinity, as 1 does where a channel is zero\. Add a",
+    ):
+        fxlean.prune(model, 0.05, x, method="l1")
+    assert_unchanged(model, before)

@@ -105,6 +105,14 @@ def test_distillation_that_makes_it_worse_is_dropped_and_silence_is_kept(capsys)
     assert capsys.readouterr().out == ""
 
 
+def test_a_frozen_network_shrinks_and_loses_its_batch_norms():
+    model = network().requires_grad_(False)
+    small = fxlean.shrink(model, 0.4, images(), distill=1, progress=False)
+    assert not any(p.requires_grad for m in (small, model) for p in m.parameters())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in small.modules())
+    assert error(small, model) < 0.5
+
+
 def test_options_are_those_of_prune():
     model = network()
     small = fxlean.shrink(

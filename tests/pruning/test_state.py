@@ -155,6 +155,14 @@ def test_an_optimizer_made_anew_from_its_state_goes_on_as_the_old_one(kind, scal
             assert torch.equal(left, right), key
 
 
+def test_weights_with_the_channels_last_stay_so():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3)), torch.randn(1, 3, 9, 9)
+    fxlean.prune(model.to(memory_format=torch.channels_last), 0.5, x, prune_outputs=True)
+    model(x)
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in model)
+
+
 def test_masked_elements_stay_zero_and_get_no_gradients():
     model = build()
     optimizer = OPTIMIZERS["sgd"](model.parameters())

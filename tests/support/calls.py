@@ -198,6 +198,8 @@ MOVEMENTS = [
     (aten.split.Tensor, (X, 3, 1)),
     (aten.split.Tensor, (X, 2, 1)),
     (aten.split_with_sizes.default, (X, (1, 3), 1)),
+    (aten.unsafe_split.Tensor, (X, 3, 1)),
+    (aten.unsafe_split_with_sizes.default, (X, (1, 3), 1)),
     (aten.unbind.int, (X, 1)),
     (aten.unfold.default, (X, 1, 2, 1)),
     (aten.index.Tensor, (X, [None, ODD])),

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -201,6 +202,18 @@ def test_copies_of_graph_modules_are_in_the_same_mode():
     model.eval()
     model.get_submodule("1").train()
     assert [m.training for m in copied(model).modules()] == [m.training for m in model.modules()]
+
+
+@pytest.mark.parametrize("attribute", ["lock", "seen"])
+def test_what_keeps_a_model_from_being_copied_is_named(attribute):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
+    model[1].lock, model[1].seen = None, []
+    if attribute == "lock":
+        model[1].lock = threading.Lock()
+    else:
+        model[1].seen.append(model[0](IMAGE))
+    with pytest.raises(fxlean.ArgumentError, match=rf"for its attribute 1\.{attribute} cannot: "):
+        fxlean.compact(model, IMAGE)
 
 
 def test_inference_mode_leaves_ordinary_tensors():

@@ -348,10 +348,24 @@ class SequenceFirst(nn.Module):
         return self.last(tokens.permute(1, 2, 0).reshape(x.shape))
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer over the columns of an image, whose products are not written in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Linear(5, 2)
+        self.rnn = nn.GRU(8, 5, batch_first=True)
+
+    def forward(self, x):
+        columns = self.first(x).relu().mean(2)
+        return self.last(self.rnn(columns.transpose(1, 2))[0])
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     ("build", "layers"),
     [
+        (Recurrent, ["first", "rnn.weight_ih_l0", "rnn.weight_hh_l0"]),
         (ChannelsLast, ["first", "up", "down", "weight"]),
         (SequenceFirst, ["first", "attention.in_proj_weight", "attention.out_proj"]),
     ],

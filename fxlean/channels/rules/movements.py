@@ -46,6 +46,8 @@ ALONG = frozenset(
         aten.split_with_sizes,
         aten.unbind,
         aten.unfold,
+        aten.unsafe_split,
+        aten.unsafe_split_with_sizes,
     }
 )
 INDEXED = frozenset(
