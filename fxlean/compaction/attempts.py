@@ -19,7 +19,7 @@ from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
 from ..tracing.sandbox import copied, evaluating, on_cpu, ordinary, paused_collection
 from ..tracing.tracer import Trace, trace_model
-from .cut import count_groups, narrow_parameter, part_of, replace_module, shell, shrink
+from .cut import count_groups, narrow_parameter, part_of, replace_modules, shell, shrink
 from .exported.writer import rewritten
 from .fold import fold, is_frozen
 from .plan import choose_slots, layers_of
@@ -208,11 +208,13 @@ def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
         narrow_parameter(result, name, dim, kept(channels))
     for name, (groups, channels) in slots.groups.items():
         count_groups(result.get_submodule(name), groups, kept(channels))
+    selected: dict[nn.Module, nn.Module] = {}
     for name, applications in layers.items():
         module = result.get_submodule(name)
         smaller = shrink(module, part_of(applications, kept))
         if smaller is not module:
-            replace_module(result, module, smaller)
+            selected[module] = smaller
+    replace_modules(result, selected)
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,12 +191,13 @@ def _put(model: nn.Module, old: nn.Parameter, value: Tensor) -> list[tuple[nn.Mo
     return found
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, everywhere."""
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules in the place of others, everywhere; they may hold those."""
+    fresh = {*new.values()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is old and parent is not new:
-                parent._modules[name] = new
+            if child in new and parent not in fresh:
+                parent._modules[name] = new[child]
 
 
 def count_groups(module: Any, groups: int, kept: Tensor) -> None:

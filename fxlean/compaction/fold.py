@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..channels.calls import BatchNorm, Convolution, read_call
 from ..tracing.tracer import Piece, Trace
-from .cut import replace_module
+from .cut import replace_modules
 from .walk import owners_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)  # and nothing else
@@ -29,17 +29,16 @@ def fold(model: nn.Module, trace: Trace) -> bool:
     owners = owners_of(model, trace)
     pairs = [pair for piece in trace.pieces for pair in _pairs(piece, owners)]
     uses = Counter(name for pair in pairs for name in pair)
-    found = False
+    folded: dict[nn.Module, nn.Module] = {}
     for names in pairs:
         conv, norm = (cast(Any, model.get_submodule(name)) for name in names)
         rest = without_norm(norm)
         if any(uses[name] > 1 for name in names) or rest is None:
             continue
         fused = fuse_conv_bn_eval(conv, norm, conv.transposed)
-        replace_module(model, conv, fused)
-        replace_module(model, norm, rest.eval())
-        found = True
-    return found
+        folded |= {conv: fused, norm: rest.eval()}
+    replace_modules(model, folded)
+    return bool(folded)
 
 
 def _pairs(piece: Piece, owners: dict[str, str]) -> Iterator[tuple[str, str]]:

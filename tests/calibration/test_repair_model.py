@@ -485,10 +485,9 @@ def test_rounds_of_a_frozen_model_are_refused_at_the_call():
     model, x = residual_network()
     model.requires_grad_(False)
     before = state(model)
-    with pytest.raises(fxlean.ArgumentError, match=r"no parameter of Sequential requires grad"):
+    message = r"no parameter of Sequential requires grad.*model\.requires_grad_\(True\) for all"
+    with pytest.raises(fxlean.ArgumentError, match=message):
         fxlean.iterate(model, 0.3, 3, method="l1", calibration=x, repair=True)
-    with pytest.raises(fxlean.ArgumentError, match=r"model\.requires_grad_\(True\) for all"):
-        fxlean.shrink(model, 0.3, x)
     assert same_state(model.state_dict(), before)
 
 

@@ -110,7 +110,11 @@ def with_sizes(site, expected):
         return (args[0], tuple(expected[0].shape))
     if site.packet in SPLITS:
         sizes = [part.shape[args[2]] for part in expected]
-        return (args[0], sizes[0] if site.packet is aten.split else sizes, args[2])
+        return (
+            args[0],
+            sizes[0] if site.packet in (aten.split, aten.unsafe_split) else sizes,
+            args[2],
+        )
     return args
 
 
