@@ -196,7 +196,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
     fresh = {*new.values()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in new and parent not in fresh:
+            if child is not None and child in new and parent not in fresh:
                 parent._modules[name] = new[child]
 
 
