@@ -130,12 +130,13 @@ def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
 
 
 def blank(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
-    """Zeros in place of these rows and columns in new parameters of a layer."""
+    """Zeros in place of all but these rows and columns in new parameters of a layer."""
     for tensors, name, tensor, sides in _tensors(module, rows, columns, groups):
         if isinstance(tensor, nn.Parameter):
             value = tensor.detach()
             for dim, side in enumerate(sides):
-                value = value.index_fill(dim, side.nonzero().flatten().to(tensor.device), 0)
+                gone = (~side).nonzero().flatten()
+                value = value.index_fill(dim, gone.to(tensor.device), 0)
             tensors[name] = nn.Parameter(value, tensor.requires_grad)
 
 
@@ -170,11 +171,10 @@ def narrow_parameter(model: nn.Module, name: str, dim: int, kept: Tensor) -> Non
             module.num_parameters = len(part)
 
 
-def blank_parameter(model: nn.Module, name: str, dim: int, gone: Tensor) -> None:
-    """Zeros in place of these channels, along a dimension, in a parameter, wherever it is."""
-    whole = model.get_parameter(name)
-    places = gone.nonzero().flatten().to(whole.device)
-    _put(model, whole, whole.detach().index_fill(dim, places, 0))
+def blank_parameter(model: nn.Module, name: str, dim: int, kept: Tensor) -> None:
+    """Zeros in place of all but these channels in a parameter, wherever it is."""
+    whole, gone = model.get_parameter(name), (~kept).nonzero().flatten()
+    _put(model, whole, whole.detach().index_fill(dim, gone.to(whole.device), 0))
 
 
 def _put(model: nn.Module, old: nn.Parameter, value: Tensor) -> list[tuple[nn.Module, str]]:

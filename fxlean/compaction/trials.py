@@ -68,14 +68,8 @@ def cut(bare: nn.Module, units: Units, gone: NDArray[np.bool_], arguments: Argum
         gone: shape (units,).
         arguments: to run it on.
     """
-    stays = np.append(~gone, True)
-    result = shell(bare)
-    for use in units.uses:
-        if use.number == 0:
-            rows, columns = (torch.from_numpy(stays[side]) for side in (use.rows, use.columns))
-            narrow(result.get_submodule(use.layer), rows, columns, use.groups)
-    for name, (dim, _, channels) in units.parameters.items():
-        narrow_parameter(result, name, dim, torch.from_numpy(stays[channels]))
+    result, stays = shell(bare), np.append(~gone, True)
+    _leave(result, units, stays, narrow, narrow_parameter)
     for name, (groups, channels) in units.groups.items():
         count_groups(result.get_submodule(name), groups, torch.from_numpy(stays[channels]))
     return fitted(result, arguments)
@@ -118,15 +112,25 @@ def _trial(bare: nn.Module, units: Units, trace: Trace, *, training: bool) -> Tr
 
 def _blanked(bare: nn.Module, units: Units, gone: NDArray[np.bool_]) -> nn.Module:
     """The model of full size with zeros in place of some units, True where they go."""
-    goes = np.append(gone, False)
     result = shell(bare)
+    _leave(result, units, np.append(~gone, True), blank, blank_parameter)
+    return result
+
+
+def _leave(
+    model: nn.Module,
+    units: Units,
+    stays: NDArray[np.bool_],
+    layer: Callable[..., None],
+    parameter: Callable[..., None],
+) -> None:
+    """Leave some units only, by a function of layers and one of other parameters; in place."""
     for use in units.uses:
         if use.number == 0:
-            rows, columns = (torch.from_numpy(goes[side]) for side in (use.rows, use.columns))
-            blank(result.get_submodule(use.layer), rows, columns, use.groups)
+            rows, columns = (torch.from_numpy(stays[side]) for side in (use.rows, use.columns))
+            layer(model.get_submodule(use.layer), rows, columns, use.groups)
     for name, (dim, _, channels) in units.parameters.items():
-        blank_parameter(result, name, dim, torch.from_numpy(goes[channels]))
-    return result
+        parameter(model, name, dim, torch.from_numpy(stays[channels]))
 
 
 def _tried(units: Units, problem: Trial) -> tuple[Units, str]:

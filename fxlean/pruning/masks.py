@@ -101,7 +101,6 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor], called: frozenset
         for name, parameter in module.named_parameters(recurse=False):
             holders.setdefault(id(parameter), []).append((path, name))
     # Without gradients the masked weights can be deep-copied; the next forward pass renews them.
-    # Without gradients the masked weights can be deep-copied; the next forward pass renews them.
     with torch.no_grad():
         for key in [key for key in parameters if key in masks]:  # names in the same order always
             for path, name in holders[id(parameters[key])]:

@@ -111,7 +111,7 @@ def multiply_by_matrices(module: fx.GraphModule, inputs: Collection[fx.Node]) ->
 
     For what no mode sees: the products of recurrent layers, which are not written in Python.
     """
-    graph, dependent = module.graph, set(inputs)
+    graph, dependent, found = module.graph, set(inputs), False
     for node in list(graph.nodes):
         if dependent.isdisjoint(node.all_input_nodes):
             continue
@@ -132,8 +132,10 @@ def multiply_by_matrices(module: fx.GraphModule, inputs: Collection[fx.Node]) ->
                 data.meta["val"] = result
         dependent.add(data)
         node.replace_all_uses_with(data)
-    graph.eliminate_dead_code()
-    module.recompile()
+        found = True
+    if found:
+        graph.eliminate_dead_code()
+        module.recompile()
 
 
 def _expanded(node: fx.Node) -> fx.Node | None:
