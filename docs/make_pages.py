@@ -34,7 +34,7 @@ calibration: expansion repair_result repair_model distillation
 selection: jit rows ranking liveness chains paths relevance methods channels
 selection: takeover
 costs
-compaction: slots solve cut plan rules walk fold
+compaction: slots solve cut plan constants rules walk fold
 compaction.exported: layers needs writer
 compaction: verify attempts units trials
 checkpoint: packing rebuild reading files

@@ -123,36 +123,27 @@ class Constants:
             name, tensor = self._state[node]
             return Origin(name) if isinstance(tensor, torch.nn.Parameter) else None
         origins: dict[fx.Node, Origin | None] = {}
-        for ancestor in _ancestors(node):
+        for ancestor in ancestors(node):
             origins[ancestor] = self._step(ancestor, origins)
         origin = origins[node]
         return origin if origin is not None and self._zeroes(node, origin) else None
 
-    def moved(self, node: fx.Node) -> tuple[Any, ...] | None:
-        """The parameter that a node only moves, for nobody else, and where its elements lie there.
-
-        Its name, and for each of its dimensions the place along it, of the shape of the node.
-        """
-        ancestors = _ancestors(node)
-        alone = all(self._moves(key.target) and len(key.users) == 1 for key in ancestors[1:])
-        origin = self.origin(node) if alone and ancestors[0] in self._state else None
-        if origin is None:
-            return None
-        index = origin.flat_index(node.meta["val"].shape)
-        return origin.parameter, *torch.unravel_index(index, self._state[ancestors[0]][1].shape)
+    def stored(self, node: fx.Node) -> str | None:
+        """The name of the parameter or buffer that a node is; None for what is computed."""
+        return self._state[node][0] if node in self._state else None
 
     def parameters(self, node: fx.Node) -> list[str]:
         """Names of the parameters and buffers that a node is computed from."""
-        return [self._state[key][0] for key in _ancestors(node) if key in self._state]
+        return [self._state[key][0] for key in ancestors(node) if key in self._state]
 
     def holds(self, node: fx.Node) -> bool:
         """Whether a node depends on parameters, buffers and attributes only."""
-        inputs = [key for key in _ancestors(node) if key.op == "placeholder"]
+        inputs = [key for key in ancestors(node) if key.op == "placeholder"]
         return all(key in self._state for key in inputs)
 
     def is_trained(self, node: fx.Node) -> bool:
         """Whether any of the parameters that a node is computed from requires gradients."""
-        leaves = [key for key in _ancestors(node) if key in self._state or key.op == "get_attr"]
+        leaves = [key for key in ancestors(node) if key in self._state or key.op == "get_attr"]
         return any(self._tensor(leaf).requires_grad for leaf in leaves)
 
     def layer(self, *nodes: fx.Node | None) -> str | None:
@@ -227,12 +218,12 @@ class Constants:
         other half. A weight norm divides by zero where a half holds all that it sums over. All
         parameters are drawn, for a gain that is zero, as training often begins, proves nothing.
         """
-        ancestors = [ancestor for ancestor in _ancestors(node) if ancestor.op == "call_function"]
+        steps = [ancestor for ancestor in ancestors(node) if ancestor.op == "call_function"]
         if all(
-            self._moves(ancestor.target)
-            or ancestor.target is operator.getitem
-            or operator_of(ancestor.target) in MULTIPLICATIVE
-            for ancestor in ancestors
+            self._moves(step.target)
+            or step.target is operator.getitem
+            or operator_of(step.target) in MULTIPLICATIVE
+            for step in steps
         ):
             return True
         source, parameter = self._named[origin.parameter]
@@ -240,7 +231,7 @@ class Constants:
         generator = torch.Generator().manual_seed(0)
         drawn = {
             leaf: (0.5 + torch.rand(tensor.shape, generator=generator)).to(tensor)
-            for leaf in _ancestors(node)
+            for leaf in ancestors(node)
             if isinstance(tensor := self._state.get(leaf, ("", None))[1], torch.nn.Parameter)
         }
         half = torch.rand(parameter.numel(), generator=generator) < 0.5
@@ -266,7 +257,7 @@ class Constants:
         if not self._with(node, {source: torch.zeros_like(parameter)}).isnan().any():
             return None
         shape = node.meta["val"].shape
-        for ancestor in _ancestors(node):
+        for ancestor in ancestors(node):
             name, tensor = self._state.get(ancestor, ("", torch.zeros(0)))
             if ancestor is source or not isinstance(tensor, torch.nn.Parameter):
                 continue
@@ -290,7 +281,7 @@ def attribute(module: torch.nn.Module, path: str) -> Any:
     return getattr(module.get_submodule(owner), name)
 
 
-def _ancestors(node: fx.Node) -> list[fx.Node]:
+def ancestors(node: fx.Node) -> list[fx.Node]:
     """The node and all that it depends on, in the order of the graph."""
     found, stack = {node}, [node]
     while stack:
@@ -303,7 +294,7 @@ def _ancestors(node: fx.Node) -> list[fx.Node]:
 
 def _evaluate(node: fx.Node, values: dict[fx.Node, Any], leaf: Callable[[fx.Node], Any]) -> Any:
     if node not in values:
-        for ancestor in _ancestors(node):
+        for ancestor in ancestors(node):
             if ancestor in values:
                 continue
             if ancestor.op == "call_function":

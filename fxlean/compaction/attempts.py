@@ -19,7 +19,7 @@ from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced
 from ..tracing.sandbox import copied, evaluating, on_cpu, ordinary, paused_collection
 from ..tracing.tracer import Trace, trace_model
-from .cut import count_groups, narrow_parameter, part_of, replace_modules, shell, shrink
+from .cut import count_groups, narrow_tensor, part_of, replace_modules, shell, shrink
 from .exported.writer import rewritten
 from .fold import fold, is_frozen
 from .plan import choose_slots, layers_of
@@ -204,8 +204,8 @@ def _compacted(bare: nn.Module, slots: Slots, *, pinned: bool) -> nn.Module:
     layers = layers_of(slots)
     kept = solve(slots, pinned=True) if pinned else choose_slots(slots, layers)
     result = shell(bare)
-    for name, ((dim, channels), *_) in slots.parameters.items():
-        narrow_parameter(result, name, dim, kept(channels))
+    for name, ((dim, channels), *_) in slots.tensors.items():
+        narrow_tensor(result, name, dim, kept(channels))
     for name, (groups, channels) in slots.groups.items():
         count_groups(result.get_submodule(name), groups, kept(channels))
     selected: dict[nn.Module, nn.Module] = {}

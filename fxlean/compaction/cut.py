@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..channels.weights import attribute
 from ..checkpoint.layout import note_kept
 from ..nn import Selected
 from ..tracing.sandbox import copied
@@ -159,11 +160,11 @@ def _tensors(
                 yield tensors, name, tensor, sides
 
 
-def narrow_parameter(model: nn.Module, name: str, dim: int, kept: Tensor) -> None:
-    """Leave only these channels, along a dimension, in a parameter; in place, wherever it is."""
+def narrow_tensor(model: nn.Module, name: str, dim: int, kept: Tensor) -> None:
+    """Leave these channels, along a dimension, in a parameter or buffer; wherever it is."""
     if kept.all():
         return
-    whole, places = model.get_parameter(name), kept.nonzero().flatten()
+    whole, places = attribute(model, name), kept.nonzero().flatten()
     part = whole.detach().index_select(dim, places.to(whole.device))
     for module, key in _put(model, whole, part):
         note_kept(module, key, dim, places)
@@ -171,24 +172,26 @@ def narrow_parameter(model: nn.Module, name: str, dim: int, kept: Tensor) -> Non
             module.num_parameters = len(part)
 
 
-def blank_parameter(model: nn.Module, name: str, dim: int, kept: Tensor) -> None:
-    """Zeros in place of all but these channels in a parameter, wherever it is."""
-    whole, gone = model.get_parameter(name), (~kept).nonzero().flatten()
+def blank_tensor(model: nn.Module, name: str, dim: int, kept: Tensor) -> None:
+    """Zeros in place of all but these channels in a parameter or buffer, wherever it is."""
+    whole, gone = attribute(model, name), (~kept).nonzero().flatten()
     _put(model, whole, whole.detach().index_fill(dim, gone.to(whole.device), 0))
 
 
-def _put(model: nn.Module, old: nn.Parameter, value: Tensor) -> list[tuple[nn.Module, str]]:
-    """Put a new parameter of a value in the place of an old one; in which modules, and its name."""
-    new = nn.Parameter(value, old.requires_grad)
-    found = [
-        (module, key)
+def _put(model: nn.Module, old: Tensor, value: Tensor) -> list[tuple[nn.Module, str]]:
+    """Put a value in the place of a parameter or buffer; in which modules, and its name there."""
+    trained = isinstance(old, nn.Parameter)
+    new = nn.Parameter(value, old.requires_grad) if trained else value
+    found: list[tuple[nn.Module, dict[str, Any], str]] = [
+        (module, tensors, key)
         for module in model.modules()
-        for key, parameter in module._parameters.items()
-        if parameter is old
+        for tensors in (module._parameters, module._buffers)
+        for key, tensor in tensors.items()
+        if tensor is old
     ]
-    for module, key in found:
-        module._parameters[key] = new
-    return found
+    for _, tensors, key in found:
+        tensors[key] = new
+    return [(module, key) for module, _, key in found]
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

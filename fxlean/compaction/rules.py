@@ -9,6 +9,7 @@ parts loses the same channels: halves of a `chunk`, groups of a channel shuffle.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor, fx
 from ..channels.flow import Flow, make_flow, scalar_gain
 from ..channels.graph import Kind
 from ..channels.rules.movements import RESHAPED
+from ..channels.rules.positions import reduced
 from ..channels.rules.table import pointwise, resizes, rule_for
 from ..channels.site import Site
+from .constants import elements_behind
 from .slots import Slots
 
 aten = torch.ops.aten
@@ -26,12 +29,15 @@ SPLITS = frozenset(
     {aten.split, aten.split_with_sizes, aten.unsafe_split, aten.unsafe_split_with_sizes}
 )
 SHUFFLES = frozenset({aten.channel_shuffle, aten.native_channel_shuffle})
+SEPARATING = frozenset({aten.select, aten.unbind})
+ADDING = frozenset({aten.amax, aten.amin, aten.mean, aten.sum})  # zero if all parts are
+LIKE = frozenset({aten.full_like, aten.ones_like, aten.zeros_like})
 SIZED = RESHAPED | {aten.expand}  # calls that say how large their result is
-PARAMETERS = "parameters"  # of element-wise operators, which are cut with the channels
+TENSORS = "tensors"  # parameters and buffers of element-wise operators, cut with the channels
 # The sizes in a graph are numbers, and do not tell whether the code computes them. These operators
 # are taken to follow the number of channels, and if that fails, fewer of them.
 FOLLOW: tuple[frozenset[Any], ...] = (
-    SIZED | SPLITS | {PARAMETERS},
+    SIZED | SPLITS | {TENSORS},
     SIZED | SPLITS,
     SIZED,
     frozenset(),
@@ -69,7 +75,7 @@ def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
 
 def _group_norm(site: Site, slots: Slots, follow: Collection[Any]) -> Flow | None:
     """The result of a group norm that is a layer, and can lose whole groups; else None."""
-    if site.packet is not aten.native_group_norm or PARAMETERS not in follow:
+    if site.packet is not aten.native_group_norm or TENSORS not in follow:
         return None
     flow, parameters = site.flow(), [site.argument("weight"), site.argument("bias")]
     layer = site.constants.layer(*parameters)
@@ -80,7 +86,7 @@ def _group_norm(site: Site, slots: Slots, follow: Collection[Any]) -> Flow | Non
     slots.groups[layer] = groups, result.ids.reshape(-1)
     for node in parameters:
         name = site.constants.name(node)
-        slots.parameters.setdefault(name, []).append((0, result.ids.reshape(-1)))
+        slots.tensors.setdefault(name, []).append((0, result.ids.reshape(-1)))
     return result
 
 
@@ -95,12 +101,15 @@ def _dims(flow: Flow) -> list[int]:
     return [dim for dim in range(len(flow.shape)) if flow.varies(dim)]
 
 
-def _met(site: Site) -> Flow | None:
+def _met(site: Site) -> Any:
     """The result of an operator whose operands, or parts of one, meet as in a sum; else None.
 
-    A concatenation along a dimension where no channels vary, or a pixel shuffle.
+    A concatenation along a dimension where no channels vary, a pixel shuffle, or a sum over parts.
+    A constant that is as large as a value meets it alone.
     """
     flows, rank = site.flows(), len(site.shape)
+    if site.packet in LIKE:
+        return site.wiring.derive(Kind.LIVE, flows[0])
     if site.packet is aten.cat and len(flows) == len(site.argument("tensors")):
         dims = {dim for flow in flows for dim in _dims(flow)}
         if dims and site.argument("dim") % rank not in dims:
@@ -110,6 +119,13 @@ def _met(site: Site) -> Flow | None:
         parts = flows[0].ids.reshape(-1, area, 1, 1).unbind(1)
         met = [make_flow(part, scalar_gain(rank), site.shape) for part in parts]
         return site.wiring.join(Kind.SUM, met, site.shape)
+    if site.packet in ADDING:
+        over = [dim for dim in _dims(flows[0]) if dim in reduced(site)]
+        if len(over) == 1 and len(_dims(flows[0])) == 2:
+            shape, ids = flows[0].shape, flows[0].ids.split(1, over[0])
+            met = [make_flow(part, scalar_gain(len(shape)), shape) for part in ids]
+            added = {**site.env, site.nodes()[0]: site.wiring.join(Kind.SUM, met, shape)}
+            return rule_for(site.node.target)(replace(site, env=added))
     return None
 
 
@@ -135,6 +151,11 @@ def _parts(site: Site, results: Sequence[Flow], follow: Collection[Any]) -> Tens
     flow = site.flow()
     if site.packet in SHUFFLES and _dims(flow) == [1]:
         return flow.ids.reshape(site.argument("groups"), -1)
+    if site.packet in SEPARATING or site.packet is aten.stack:
+        ids = results[0].ids if site.packet is aten.stack else flow.ids
+        dim = site.argument("dim") % ids.dim()
+        apart = (ids.shape[dim] > 1) and sum(size > 1 for size in ids.shape) == 2
+        return ids.movedim(dim, 0).flatten(1) if apart else None
     if site.packet not in follow or len(_dims(flow)) != 1:
         return None
     if site.packet in SPLITS and len({part.shape for part in results}) == 1:
@@ -172,19 +193,24 @@ def _fits(
     varying: Collection[int],
     follow: Collection[Any],
 ) -> bool:
-    """Whether a constant has no size along channels, or is a parameter that is cut with them."""
+    """Whether a constant has no size along channels, or is made of what is cut with them."""
     shape = node.meta["val"].shape
     along = [dim for dim in varying if -dim <= len(shape) and shape[dim] > 1]
     if not along:
         return True
     elementwise = rule_for(site.node.target) is pointwise and len(varying) == 1
-    moved = site.constants.moved(node) if elementwise and PARAMETERS in follow else None
-    if moved is None:
-        return False
-    name, *places = moved
-    for dim, place in enumerate(places):
-        channels = place.movedim(along[0], 0).reshape(shape[along[0]], -1)
-        if channels.equal(torch.arange(len(channels))[:, None].expand_as(channels)):
-            slots.parameters.setdefault(name, []).append((dim, result.ids.reshape(-1)))
-            return True
-    return False
+    cuttable = elementwise and TENSORS in follow
+    behind = elements_behind(node, site.constants) if cuttable else None
+    found = {}
+    for name, places in (behind or {}).items():
+        sides = [place.movedim(along[0], 0).reshape(shape[along[0]], -1) for place in places]
+        if all(side.equal(side[:1].expand_as(side)) for side in sides):
+            continue  # one element for all channels
+        order = torch.arange(shape[along[0]])[:, None]
+        dims = [dim for dim, side in enumerate(sides) if side.equal(order.expand_as(side))]
+        if not dims:
+            return False
+        found[name] = dims[0]
+    for name, dim in found.items():
+        slots.tensors.setdefault(name, []).append((dim, result.ids.reshape(-1)))
+    return bool(found)

@@ -91,8 +91,8 @@ class Slots:
     Attributes:
         batch: number of samples in the traced values.
         applications: of layers, in order.
-        parameters: of element-wise operators, by name: for each use, the dimension of the parameter
-            that lies along channels, and their slots.
+        tensors: parameters and buffers of element-wise operators, by name: for each use, the
+            dimension that lies along channels, and their slots.
         groups: of the group norms, by layer: how many, and the slots of all channels.
         refused: layers that are used in a way that does not let them shrink.
         strangers: how many convolutions with pruned kernels belong to no layer.
@@ -106,7 +106,7 @@ class Slots:
 
     batch: int = 1
     applications: list[Application] = field(default_factory=list)
-    parameters: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    tensors: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
     groups: dict[str, tuple[int, Tensor]] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     strangers: int = 0

@@ -22,7 +22,7 @@ from ..selection.channels import alike
 from ..tracing.inputs import Arguments
 from ..tracing.tracer import Trace, trace_model
 from .attempts import fitted
-from .cut import blank, blank_parameter, count_groups, narrow, narrow_parameter, shell
+from .cut import blank, blank_tensor, count_groups, narrow, narrow_tensor, shell
 from .rules import FOLLOW
 from .slots import Slots
 from .units import Units, units_among
@@ -69,7 +69,7 @@ def cut(bare: nn.Module, units: Units, gone: NDArray[np.bool_], arguments: Argum
         arguments: to run it on.
     """
     result, stays = shell(bare), np.append(~gone, True)
-    _leave(result, units, stays, narrow, narrow_parameter)
+    _leave(result, units, stays, narrow, narrow_tensor)
     for name, (groups, channels) in units.groups.items():
         count_groups(result.get_submodule(name), groups, torch.from_numpy(stays[channels]))
     return fitted(result, arguments)
@@ -113,7 +113,7 @@ def _trial(bare: nn.Module, units: Units, trace: Trace, *, training: bool) -> Tr
 def _blanked(bare: nn.Module, units: Units, gone: NDArray[np.bool_]) -> nn.Module:
     """The model of full size with zeros in place of some units, True where they go."""
     result = shell(bare)
-    _leave(result, units, np.append(~gone, True), blank, blank_parameter)
+    _leave(result, units, np.append(~gone, True), blank, blank_tensor)
     return result
 
 
@@ -122,15 +122,15 @@ def _leave(
     units: Units,
     stays: NDArray[np.bool_],
     layer: Callable[..., None],
-    parameter: Callable[..., None],
+    tensor: Callable[..., None],
 ) -> None:
-    """Leave some units only, by a function of layers and one of other parameters; in place."""
+    """Leave some units only, by a function of layers and one of other tensors; in place."""
     for use in units.uses:
         if use.number == 0:
             rows, columns = (torch.from_numpy(stays[side]) for side in (use.rows, use.columns))
             layer(model.get_submodule(use.layer), rows, columns, use.groups)
-    for name, (dim, _, channels) in units.parameters.items():
-        parameter(model, name, dim, torch.from_numpy(stays[channels]))
+    for name, (dim, _, channels) in units.tensors.items():
+        tensor(model, name, dim, torch.from_numpy(stays[channels]))
 
 
 def _tried(units: Units, problem: Trial) -> tuple[Units, str]:

@@ -54,8 +54,8 @@ class Units:
     Attributes:
         count: how many there are.
         uses: all applications of layers that write or read channels, in order.
-        parameters: of element-wise operators and group norms, by name: the dimension that lies
-            along channels, how many elements each has, and their units.
+        tensors: parameters and buffers of element-wise operators and group norms, by name: the
+            dimension that lies along channels, how many parameters a channel has, and its unit.
         groups: of the group norms, by layer: how many, and the units of all channels.
         pinned: for layers all of whose channels stay, the operator that needs all of them, or what
             went wrong without some.
@@ -63,7 +63,7 @@ class Units:
 
     count: int
     uses: tuple[Use, ...]
-    parameters: Mapping[str, tuple[int, int, NDArray[np.int64]]]
+    tensors: Mapping[str, tuple[int, int, NDArray[np.int64]]]
     groups: Mapping[str, tuple[int, NDArray[np.int64]]]
     pinned: Mapping[str, str]
 
@@ -74,15 +74,15 @@ class Units:
         """
         numbers = np.append(np.where(chosen, np.cumsum(chosen) - 1, -1), -1)
         uses = [replace(u, rows=numbers[u.rows], columns=numbers[u.columns]) for u in self.uses]
-        parameters = {
-            name: (dim, each, numbers[ids]) for name, (dim, each, ids) in self.parameters.items()
+        tensors = {
+            name: (dim, each, numbers[ids]) for name, (dim, each, ids) in self.tensors.items()
         }
         groups = {name: (count, numbers[ids]) for name, (count, ids) in self.groups.items()}
         pinned = dict(self.pinned)
         if reason:
             whole = [u.layer for u in uses if not u.is_norm and (u.rows < 0).all()]
             pinned = {**dict.fromkeys(whole, reason), **pinned}
-        return Units(int(chosen.sum()), tuple(uses), parameters, groups, pinned)
+        return Units(int(chosen.sum()), tuple(uses), tensors, groups, pinned)
 
 
 def _labels(slots: Slots) -> tuple[Tensor, Tensor]:
@@ -132,12 +132,11 @@ def units_among(bare: nn.Module, slots: Slots) -> Units:
         np.concatenate([np.zeros(0, int), *(u.rows for u in uses if not u.is_norm)])
     )
     count = int(label.max()) + 1 if len(label) else 0
-    parameters = {}
-    for name, ((dim, places), *_) in slots.parameters.items():
-        each = bare.get_parameter(name).numel() // len(places)
-        parameters[name] = dim, each, label[places].numpy()
+    tensors, elements = {}, {name: p.numel() for name, p in bare.named_parameters()}
+    for name, ((dim, places), *_) in slots.tensors.items():
+        tensors[name] = dim, elements.get(name, 0) // len(places), label[places].numpy()
     groups = {name: (number, label[at].numpy()) for name, (number, at) in slots.groups.items()}
-    units = Units(count, tuple(uses), parameters, groups, _reasons(slots, label, component.numpy()))
+    units = Units(count, tuple(uses), tensors, groups, _reasons(slots, label, component.numpy()))
     # What no layer writes, such as a constant of the code, is none of them.
     return units.only(np.isin(np.arange(count), written))
 

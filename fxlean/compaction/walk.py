@@ -13,8 +13,10 @@ from ..channels.calls import samples_of
 from ..channels.rules.movements import moves
 from ..channels.walk import source, walk
 from ..channels.weights import Constants
+from ..checkpoint.layout import named_tensors
 from ..tracing.sandbox import on_cpu, same_random_states
 from ..tracing.tracer import Trace
+from .constants import readers
 from .rules import apply_rule
 from .slots import Application, Slots
 
@@ -37,7 +39,7 @@ def slots_of(model: nn.Module, trace: Trace, follow: Collection[Any]) -> Slots:
     for piece in trace.pieces:
         slots.walked = "input"
         state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
-        uses.update({name: len(node.users) for node, (name, _) in state.items()})
+        uses.update(readers(piece.graph.graph, piece.state_nodes, piece.input_nodes))
         constants = Constants(piece.graph, state, moves, owners)
         sources = [source(slots, tuple(node.meta["val"].shape)) for node in piece.input_nodes]
         with same_random_states(model):
@@ -51,7 +53,7 @@ def slots_of(model: nn.Module, trace: Trace, follow: Collection[Any]) -> Slots:
             elif isinstance(node, fx.Node):
                 slots.refused |= constants.layers(node)
     _refuse(slots)
-    _join_uses(slots, uses)
+    _join_uses(slots, uses, {name for name, _ in named_tensors(model)})
     return slots
 
 
@@ -91,15 +93,18 @@ def _refuse(slots: Slots) -> None:
         slots.link(known.result.slots, applied.result.slots)
 
 
-def _join_uses(slots: Slots, uses: Mapping[str, int]) -> None:
-    """Link what the same parameter is used for; pin it all if it is used in other ways as well."""
-    for name, found in list(slots.parameters.items()):
+def _join_uses(slots: Slots, uses: Mapping[str, int], saved: Collection[str]) -> None:
+    """Link what the same tensor is used for; pin it all if it is used in other ways as well.
+
+    So it is if a model does not save it, for where that is loaded the tensor is whole again.
+    """
+    for name, found in list(slots.tensors.items()):
         (dim, first), *others = found
         alike = all(other == dim and len(ids) == len(first) for other, ids in others)
-        if alike and len(found) == uses[name]:
+        if alike and len(found) == uses[name] and name in saved:
             for _, ids in others:
                 slots.link(first, ids)
         else:
             for _, ids in found:
                 slots.pin(ids)
-            del slots.parameters[name]
+            del slots.tensors[name]

@@ -199,7 +199,7 @@ def unit_costs(channels: Channels, of: str, least: Mapping[str, float]) -> Costs
         fewest[number] = (
             0 if use.is_norm else ceil(least.get(use.layer, 0.0) * len(use.rows) - 1e-9)
         )
-    others = channels.units.parameters.values() if of == "parameters" else ()
+    others = channels.units.tensors.values() if of == "parameters" else ()
     none = np.zeros(len(others))
     return Costs(
         (*(use.rows for use in uses), *(units for _, _, units in others)),

@@ -35,6 +35,27 @@ class ByHand(nn.Module):
         return x * self.bring(self.gamma)
 
 
+class Computed(nn.Module):
+    """Element-wise, by two constants that code computes from vectors of one element a channel.
+
+    They are the scale and the shift of a batch norm, of which none moves zero away from it.
+    """
+
+    def __init__(self, scale, trained=True):
+        super().__init__()
+        vectors = {"weight": torch.rand(WIDTH) + 0.5, "mean": torch.randn(WIDTH)}
+        vectors |= {"variance": torch.rand(WIDTH) + 0.5, "gain": torch.rand(1) + 0.5}
+        for name, vector in vectors.items():
+            setattr(self, name, nn.Parameter(vector) if trained else nn.Buffer(vector))
+        self.register_buffer("bias", self.mean.detach() * scale(self).detach())
+        self.scale = scale
+
+    def forward(self, x):
+        scale = self.scale(self)
+        shift = self.bias - self.mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
 class Returned(Scale):
     """Returns its factor as well, so that it must stay as it is."""
 
@@ -71,6 +92,10 @@ FORMS = {
     "a factor and a term": lambda: Scale(WIDTH, 1, 1),
     "one for every position": lambda: Scale(1, WIDTH, SIDE, SIDE, term=False),
     "indexed": lambda: ByHand(lambda gamma: gamma[None, :, None, None]),
+    "computed": lambda: Computed(lambda own: own.weight * (own.variance + 1e-5).rsqrt()),
+    "computed from buffers": lambda: Computed(
+        lambda own: own.gain * own.weight.exp() / own.variance.sqrt(), trained=False
+    ),
     "viewed": lambda: ByHand(lambda gamma: gamma.view(1, -1, 1, 1)),
 }
 
@@ -82,9 +107,11 @@ def test_live_channels_are_all_that_stays(form):
     small = compacted(model)
     for layer, follower, dead in zip(small[0:3:2], small[1:4:2], DEAD, strict=True):
         assert layer.out_channels == WIDTH - len(dead)
-        for parameter in follower.parameters():
-            assert layer.out_channels in parameter.shape
-            assert parameter.requires_grad
+        vectors = [tensor for tensor in follower.state_dict().values() if tensor.numel() > 1]
+        assert vectors
+        for vector in vectors:
+            assert layer.out_channels in vector.shape
+        assert all(parameter.requires_grad for parameter in follower.parameters())
     assert ("num_parameters=9" in str(small)) == (form == "prelu")
 
 
@@ -94,6 +121,16 @@ def test_a_parameter_that_is_used_twice_keeps_what_either_use_needs():
     both = set(DEAD[0]) & set(DEAD[1])
     assert small[1] is small[3]
     assert small[0].out_channels == small[2].out_channels == WIDTH - len(both)
+
+
+def test_a_buffer_that_is_not_saved_stays_for_it_is_whole_where_a_model_is_loaded():
+    torch.manual_seed(0)
+    norm = Computed(lambda own: own.weight, trained=False)
+    norm.register_buffer("variance", norm.variance, persistent=False)
+    norm.register_buffer("weight", norm.weight, persistent=False)
+    small = compacted(network(norm, nn.ReLU()))
+    assert [small[0].out_channels, small[2].out_channels] == [WIDTH, WIDTH - len(DEAD[1])]
+    assert small[1].bias.shape == (WIDTH,)
 
 
 def test_a_parameter_that_is_used_in_another_way_stays():
@@ -111,6 +148,23 @@ def test_a_parameter_that_is_used_in_another_way_stays():
     small = compacted(Model().eval()).body
     assert small[0].out_channels == WIDTH
     assert small[2].out_channels == WIDTH - len(DEAD[1])
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda own: own.weight / own.weight.norm(),
+        lambda own: own.weight * own.weight.flip(0),
+        lambda own: own.weight * torch.linspace(1, 2, WIDTH),
+        lambda own: own.weight.roll(1),
+    ],
+    ids=["a norm of all", "another channel's", "numbers in the code", "another's alone"],
+)
+def test_constants_stay_where_an_element_is_not_computed_from_one_of_each(scale):
+    torch.manual_seed(0)
+    small = compacted(network(Computed(scale), nn.ReLU()))
+    assert [small[0].out_channels, small[2].out_channels] == [WIDTH, WIDTH - len(DEAD[1])]
+    assert small[1].weight.shape == (WIDTH,)
 
 
 def test_a_size_in_the_code_does_not_keep_the_rest_from_being_cut():

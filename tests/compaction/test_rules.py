@@ -12,19 +12,18 @@ from fxlean.compaction.slots import Slots
 from fxlean.compaction.solve import components
 from fxlean.compaction.walk import slots_of
 from fxlean.tracing.tracer import trace_model
-from tests.support.calls import CALLS, MOVEMENTS, PADDINGS, sparse, with_conditions
+from tests.support.calls import CALLS, FILLED, MOVEMENTS, PADDINGS, sparse, with_conditions
 from tests.support.sites import Data, site_of
 
 aten = torch.ops.aten
 BY_OPERATOR = defaultdict(list)
-for _operator, _args in CALLS + MOVEMENTS + PADDINGS:
+for _operator, _args in CALLS + FILLED + MOVEMENTS + PADDINGS:
     BY_OPERATOR[_operator.overloadpacket].append((_operator, _args))
 # All that these read and write stays. Layers are cut elsewhere: the calls here belong to none.
 STUCK = {
     aten._batch_norm_no_update,
     aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_no_training,
-    aten._unsafe_index,
     aten.addmm,
     aten.aminmax,
     aten.as_strided,
@@ -35,18 +34,12 @@ STUCK = {
     aten.diagonal,
     aten.embedding,
     aten.gather,
-    aten.index,
     aten.index_put,
-    aten.index_select,
     aten.mm,
     aten.native_batch_norm,
     aten.native_group_norm,
-    aten.repeat,
-    aten.roll,
-    aten.rot90,
     aten.select_scatter,
     aten.slice_scatter,
-    aten.stack,
     aten.tril,
     aten.triu,
 }
@@ -93,6 +86,15 @@ def left(value, flow, kept):
             value = value.index_select(dim, whole.reshape(-1).nonzero()[:, 0])
     assert torch.equal(found, mask)
     return value if mask.any() else value.narrow(0, 0, 0)
+
+
+def constants_left(site, slots, kept):
+    """What is left of the constants that are cut with the channels."""
+    found = {}
+    for node in site.constant_nodes():
+        for dim, places in slots.tensors.get(site.constants.stored(node), ()):
+            found[node] = node.meta["val"].index_select(dim, kept[places].nonzero()[:, 0])
+    return found
 
 
 def some_kept(slots, generator):
@@ -144,6 +146,7 @@ def test_fewer_channels_give_the_same_but_fewer(packet):
             for value, flow in zip(whole, flows, strict=True)
         ]
         smaller = {node: left(node.meta["val"], flow, kept) for node, flow in site.env.items()}
+        smaller |= constants_left(site, slots, kept)
         found = results(site, smaller, with_sizes(site, expected))
         for result, wanted in zip(found, expected, strict=True):
             assert wanted is None or same(result, wanted), (operator, args)

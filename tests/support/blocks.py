@@ -119,6 +119,45 @@ class MultiHead(nn.Module):
         return x + tokens.transpose(1, 2).reshape(x.shape)
 
 
+class FrozenNorm(nn.Module):
+    """A batch norm of four buffers, computed by hand, as backbones of detectors have it."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("weight", torch.rand(channels) + 0.5)
+        self.register_buffer("bias", torch.randn(channels) * 0.3)
+        self.register_buffer("running_mean", torch.randn(channels) * 0.3)
+        self.register_buffer("running_var", torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        scale = (
+            self.weight.reshape(1, -1, 1, 1)
+            * (self.running_var.reshape(1, -1, 1, 1) + 1e-5).rsqrt()
+        )
+        shift = self.bias.reshape(1, -1, 1, 1) - self.running_mean.reshape(1, -1, 1, 1) * scale
+        return x * scale + shift
+
+
+class Stacked(nn.Module):
+    """Two convolutions, stacked along a new dimension, and added up along it."""
+
+    def __init__(self, inputs: int, outputs: int, dim: int):
+        super().__init__()
+        self.branches = nn.ModuleList([conv_bn_relu(inputs, outputs) for _ in range(2)])
+        self.dim = dim
+
+    def forward(self, x):
+        return torch.stack([branch(x) for branch in self.branches], self.dim).sum(self.dim)
+
+
+class Halves(nn.Module):
+    """A gate and what it gates, which are two halves of the channels, by a view of both."""
+
+    def forward(self, x):
+        gate, value = x.view(x.shape[0], 2, -1, *x.shape[2:]).unbind(1)
+        return gate.sigmoid() * value
+
+
 def distances(x: Tensor) -> Tensor:
     """Distances between rows: an operator without a rule."""
     return x + torch.cdist(x, x).mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Calls of every operator that has a rule: `CALLS`, `MOVEMENTS` and `PADDINGS`."""
+"""Calls of every operator that has a rule: `CALLS`, `MOVEMENTS`, `FILLED` and `PADDINGS`."""
 
 import torch
 
@@ -223,6 +223,12 @@ MOVEMENTS = [
     (aten.as_strided_.default, (X, (2, 3, 4), (9, 1, 3), 5)),
     (aten.copy.default, (X, Data((4, 1, 3)))),
     (aten.copy.default, (BUFFER, Data((4, 1, 3)))),
+]
+
+FILLED = [
+    (aten.full_like.default, (X, 2.0)),
+    (aten.ones_like.default, (X,)),
+    (aten.zeros_like.default, (X,)),
 ]
 
 PADDINGS = [

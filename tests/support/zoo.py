@@ -19,11 +19,14 @@ from tests.support.blocks import (
     Combine,
     DenseInPlace,
     ExpandedGate,
+    FrozenNorm,
     Functional,
+    Halves,
     InPlace,
     MultiHead,
     Nested,
     Outputs,
+    Stacked,
     StackedWeights,
     StandardisedConv2d,
     TwoInputs,
@@ -91,6 +94,9 @@ def randomise_norms(model: nn.Module) -> None:
 
 ZOO: dict[str, Case] = {
     "plain": Case(lambda: between(conv_bn_relu(4, 6), outputs=6)),
+    "frozen_norm": Case(
+        lambda: between(nn.Sequential(conv(4, 6), FrozenNorm(6), nn.ReLU()), outputs=6)
+    ),
     "no_norm": Case(
         lambda: nn.Sequential(
             conv(3, 4, bias=True), nn.ReLU(), conv(4, 6, bias=True), nn.ReLU(), conv(6, 2, 1)
@@ -123,6 +129,8 @@ ZOO: dict[str, Case] = {
             nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2, bias=False),
         )
     ),
+    "stacked": Case(lambda: between(Stacked(4, 6, 0), Stacked(6, 5, -1), outputs=5)),
+    "halves": Case(lambda: between(conv_bn(4, 12), Halves(), outputs=6)),
     "residual": Case(lambda: between(residual(conv_bn(4, 4)), residual(conv_bn(4, 4)))),
     "residual_downsample": Case(
         lambda: between(

@@ -213,6 +213,25 @@ def elsewhere(site: Site) -> bool:
     return not any(flow.varies(dim) for flow in site.flows() for dim in dims)
 
 
+def rolled(site: Site) -> bool:
+    """Whether values roll along such dimensions only."""
+    return bool(site.argument("dims")) and elsewhere(site)
+
+
+def picked(site: Site) -> bool:
+    """Whether indices pick along such dimensions only."""
+    indices = enumerate(site.argument("indices"))
+    flow = site.flow()
+    return not any(flow.varies(dim) for dim, index in indices if index is not None)
+
+
+def repeated(site: Site) -> bool:
+    """Whether a value is repeated along such dimensions only."""
+    flow = site.flow()
+    times = site.argument("repeats")[-len(flow.shape) :]
+    return not any(flow.varies(dim) for dim, count in enumerate(times) if count > 1)
+
+
 def sliced(site: Site) -> bool:
     """Whether a slice is along such a dimension, or takes all there is."""
     return unchanged(site) or elsewhere(site)

@@ -118,10 +118,7 @@ def reduction(site: Site) -> Any:
     """A mean, sum or maximum over dimensions; channels that differ along them are merged."""
     flow = site.flow()
     rank = len(flow.shape)
-    dims = site.argument("dim")
-    dims = [dims] if isinstance(dims, int) else dims
-    reduced = {dim % rank for dim in dims} if dims else set(range(rank))
-    left = [dim for dim in range(rank) if dim not in reduced]
+    left = [dim for dim in range(rank) if dim not in reduced(site)]
     flow = site.wiring.merge(flow, left)
     results = []
     at_zero = site.run(lambda node: torch.zeros((2,) * rank))
@@ -136,6 +133,13 @@ def reduction(site: Site) -> Any:
         zero = torch.zeros if not value.any() else torch.ones
         results.append(site.wiring.shift(result, Bias(zero((1,) * len(shape)))))
     return _results(site, results)
+
+
+def reduced(site: Site) -> set[int]:
+    """The dimensions over which a reduction goes."""
+    rank, dims = len(site.flow().shape), site.argument("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    return {dim % rank for dim in dims} if dims else set(range(rank))
 
 
 def unpool(site: Site) -> Flow:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from fxlean.compaction.exported.needs import Channels, Made, _follow, needed
-from tests.support.calls import CALLS, MOVEMENTS, PADDINGS, X, with_conditions
+from tests.support.calls import CALLS, FILLED, MOVEMENTS, PADDINGS, X, with_conditions
 from tests.support.sites import Data, integers
 
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ UNLIKE = [  # values that are not made of the channels that they are made from
 ]
 EVERY = [
     call
-    for call in CALLS + MOVEMENTS + PADDINGS + COMPOSITE + UNLIKE
+    for call in CALLS + FILLED + MOVEMENTS + PADDINGS + COMPOSITE + UNLIKE
     if not any(isinstance(arg, Data) and 0 in arg.shape for arg in call[1])
 ]
 
