@@ -89,7 +89,7 @@ def prune(
             layers, named as for `ignore`, to fractions, of which the last that matches counts. A
             layer keeps at least one channel.
         round_to: numbers of channels are multiples of it; for whole channels. If left out, where
-            more than 64 can go one by one, multiples of 8 go, which computers are faster with.
+            more than 64 can go one by one, multiples of 16 stay, which computers are faster with.
         progress: show a bar; by default on a terminal, if it takes seconds.
 
     Returns:

@@ -19,7 +19,7 @@ from math import inf, lcm
 import numpy as np
 from numpy.typing import NDArray
 
-WIDE = 8  # channels of wide layers go in so many, which is what vector units compute in,
+WIDE = 16  # channels of wide layers go in so many, which is what vector units compute in,
 FINE = 64  # and one by one where no more are left
 
 
