@@ -30,7 +30,12 @@ SPLITS = frozenset(
 )
 SHUFFLES = frozenset({aten.channel_shuffle, aten.native_channel_shuffle})
 SEPARATING = frozenset({aten.select, aten.unbind})
-ADDING = frozenset({aten.amax, aten.amin, aten.mean, aten.sum})  # zero if all parts are
+OVER_PARTS = frozenset(
+    {
+        *(aten.amax, aten.amin, aten.mean, aten.sum),
+        *(aten._log_softmax, aten._safe_softmax, aten._softmax),
+    }
+)
 LIKE = frozenset({aten.full_like, aten.ones_like, aten.zeros_like})
 SIZED = RESHAPED | {aten.expand}  # calls that say how large their result is
 TENSORS = "tensors"  # parameters and buffers of element-wise operators, cut with the channels
@@ -55,7 +60,7 @@ def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
         return normed, *[None] * (len(site.shapes()) - 1)
     result = _met(site)
     if result is None:
-        result = rule_for(site.node.target)(site)
+        result = rule_for(site.node.target)(_with_parts_met(site))
     applied = slots.applications and slots.applications[-1].call.node is site.node
     if applied or _adds_own_bias(site, slots):
         return result
@@ -101,11 +106,11 @@ def _dims(flow: Flow) -> list[int]:
     return [dim for dim in range(len(flow.shape)) if flow.varies(dim)]
 
 
-def _met(site: Site) -> Any:
+def _met(site: Site) -> Flow | None:
     """The result of an operator whose operands, or parts of one, meet as in a sum; else None.
 
-    A concatenation along a dimension where no channels vary, a pixel shuffle, or a sum over parts.
-    A constant that is as large as a value meets it alone.
+    A concatenation along a dimension where no channels vary, or a pixel shuffle. A constant that is
+    as large as a value meets it alone.
     """
     flows, rank = site.flows(), len(site.shape)
     if site.packet in LIKE:
@@ -119,14 +124,18 @@ def _met(site: Site) -> Any:
         parts = flows[0].ids.reshape(-1, area, 1, 1).unbind(1)
         met = [make_flow(part, scalar_gain(rank), site.shape) for part in parts]
         return site.wiring.join(Kind.SUM, met, site.shape)
-    if site.packet in ADDING:
-        over = [dim for dim in _dims(flows[0]) if dim in reduced(site)]
-        if len(over) == 1 and len(_dims(flows[0])) == 2:
-            shape, ids = flows[0].shape, flows[0].ids.split(1, over[0])
-            met = [make_flow(part, scalar_gain(len(shape)), shape) for part in ids]
-            added = {**site.env, site.nodes()[0]: site.wiring.join(Kind.SUM, met, shape)}
-            return rule_for(site.node.target)(replace(site, env=added))
     return None
+
+
+def _with_parts_met(site: Site) -> Site:
+    """The call on parts that have met, where it adds up, or weighs against each other, several."""
+    flow = site.flow()
+    over = [dim for dim in _dims(flow) if site.packet in OVER_PARTS and dim in reduced(site)]
+    if len(over) != 1 or len(_dims(flow)) != 2:
+        return site
+    parts = [make_flow(ids, flow.gain, flow.shape) for ids in flow.ids.split(1, over[0])]
+    met = site.wiring.join(Kind.SUM, parts, flow.shape)
+    return replace(site, env={**site.env, site.nodes()[0]: met})
 
 
 def _adds_own_bias(site: Site, slots: Slots) -> bool:

@@ -150,6 +150,21 @@ class Stacked(nn.Module):
         return torch.stack([branch(x) for branch in self.branches], self.dim).sum(self.dim)
 
 
+class Selective(nn.Module):
+    """Two branches, stacked and weighed against each other, channel by channel."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.branches = nn.ModuleList([conv_bn_relu(inputs, outputs) for _ in range(2)])
+        self.choose = nn.Conv2d(outputs, 2 * outputs, 1)
+
+    def forward(self, x):
+        y = torch.stack([branch(x) for branch in self.branches], 1)
+        votes = self.choose(y.sum(1).mean((2, 3), keepdim=True))
+        shares = votes.reshape(len(x), 2, -1, 1, 1).softmax(1)
+        return (y * shares).sum(1)
+
+
 class Halves(nn.Module):
     """A gate and what it gates, which are two halves of the channels, by a view of both."""
 

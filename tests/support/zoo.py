@@ -26,6 +26,7 @@ from tests.support.blocks import (
     MultiHead,
     Nested,
     Outputs,
+    Selective,
     Stacked,
     StackedWeights,
     StandardisedConv2d,
@@ -130,6 +131,7 @@ ZOO: dict[str, Case] = {
         )
     ),
     "stacked": Case(lambda: between(Stacked(4, 6, 0), Stacked(6, 5, -1), outputs=5)),
+    "selective": Case(lambda: between(Selective(4, 6), outputs=6)),
     "halves": Case(lambda: between(conv_bn(4, 12), Halves(), outputs=6)),
     "residual": Case(lambda: between(residual(conv_bn(4, 4)), residual(conv_bn(4, 4)))),
     "residual_downsample": Case(

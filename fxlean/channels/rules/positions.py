@@ -136,7 +136,7 @@ def reduction(site: Site) -> Any:
 
 
 def reduced(site: Site) -> set[int]:
-    """The dimensions over which a reduction goes."""
+    """The dimensions over which a reduction or a softmax goes."""
     rank, dims = len(site.flow().shape), site.argument("dim")
     dims = [dims] if isinstance(dims, int) else dims
     return {dim % rank for dim in dims} if dims else set(range(rank))

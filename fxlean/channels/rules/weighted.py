@@ -130,9 +130,12 @@ def group_norm(site: Site) -> Flow:
 
 def softmax(site: Site) -> Flow:
     """A normalised exponential: never zero, and along its dimension everything matters."""
-    flow = site.flow()
-    sets = torch.zeros((1,) * len(flow.shape), dtype=torch.int64)
-    return _normalised(site, flow, None, sets if flow.varies(site.argument("dim")) else None)
+    flow, dim = site.flow(), site.argument("dim")
+    if not flow.varies(dim):
+        return _normalised(site, flow, None, None)
+    shape = list(flow.ids.shape)
+    shape[dim] = 1
+    return _normalised(site, flow, None, torch.arange(torch.Size(shape).numel()).reshape(shape))
 
 
 def _normalised(site: Site, flow: Flow, gamma: Tensor | None, sets: Tensor | None) -> Flow:
@@ -146,10 +149,9 @@ def _normalised(site: Site, flow: Flow, gamma: Tensor | None, sets: Tensor | Non
         flow = make_flow(flow.ids, gain, flow.shape)
     if sets is None:
         return site.wiring.derive(Kind.LIVE, flow)
-    ids, member = torch.broadcast_tensors(flow.ids, sets)
-    hubs = torch.zeros(int(sets.max()) + 1, dtype=torch.int64)
-    for number in range(len(hubs)):
-        hubs[number] = site.wiring.hub(ids[member == number])
+    ids, member = (tensor.reshape(-1) for tensor in torch.broadcast_tensors(flow.ids, sets))
+    members = ids[member.argsort(stable=True)].split(member.bincount().tolist())
+    hubs = torch.cat([site.wiring.hub(channels) for channels in members])
     nothing = torch.zeros((1,) * len(flow.shape), dtype=torch.float64)
     return site.wiring.join(
         Kind.LIVE, [flow, make_flow(hubs[sets], nothing, flow.shape)], flow.shape
