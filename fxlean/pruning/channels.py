@@ -19,6 +19,7 @@ COMPUTED = (
     "a weight that is computed, as by weight norm, that no convolution or linear layer owns, as in "
     "a recurrent layer, or that is used in other ways as well"
 )
+BESIDE = "a layer that is left alone, which reads or adds to them"
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +141,11 @@ def find_channels(network: Network, units: Units) -> Channels:
         zero = zero_channels(graph, channels.kept_kernels(free[:-1]))
         for use, block in left_alone:
             free[use.columns[~zero[_sources(network, use, block)]]] = False
-    units = units.only(free[:-1])
-    known = {use.layer for use in units.uses}
-    strangers = [layer.name for layer in graph.layers if layer.name not in known]
-    pinned = {**dict.fromkeys(strangers, COMPUTED), **units.pinned}
-    return replace(channels, units=replace(units, pinned=pinned))
+    left = units.only(free[:-1], BESIDE)
+    strangers = {layer.name for layer in graph.layers} - {use.layer for use in units.uses}
+    reasons = {**dict.fromkeys(strangers, COMPUTED), **left.pinned}
+    pinned = {layer.name: reasons[layer.name] for layer in graph.layers if layer.name in reasons}
+    return replace(channels, units=replace(left, pinned={**pinned, **units.pinned}))
 
 
 def ends(use: Use, block: Block) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::fxlean.PruneWarning")
 def built(model, slots, kept):
     """The model cut to the slots that are kept."""
     result = copied(model)
+    for name, ((dim, channels), *_) in slots.tensors.items():
+        cut.narrow_tensor(result, name, dim, kept(channels))
     for name, applications in layers_of(slots).items():
         module = result.get_submodule(name)
         smaller = shrink(module, part_of(applications, kept))

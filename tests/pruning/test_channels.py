@@ -31,9 +31,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 NEEDED = {  # networks in which not only what they return needs all channels of a layer
-    *("channels_last_block", "coordinates", "dense_in_place", "functional", "in_place"),
-    *("multi_head", "opaque", "self_attention", "split", "stacked_weights"),
-    *("weight_norm", "weight_standardised"),
+    *("channels_last_block", "coordinates", "dense_in_place", "functional", "group_norm"),
+    *("in_place", "multi_head", "norm_without_affine", "opaque", "self_attention", "split"),
+    *("stacked_weights", "weight_norm", "weight_standardised"),
 }
 
 
@@ -199,10 +199,23 @@ def test_linear_layers_belong_to_channels_unless_switched_off():
 
 def test_what_reads_a_constant_and_is_left_alone_keeps_it():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 2, 1)).eval()
-    with pytest.raises(fxlean.ArgumentError, match="all channels are gone that may go"):
+    with pytest.raises(fxlean.ArgumentError, match="all channels stay of 0: a layer that is left"):
         fxlean.prune(model, 0.5, X, granularity="channel", of="macs")
     model = nn.Sequential(*model[:2], nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)).eval()
     check_promise(model, (X,), 0.4, "macs", method="l1")
+
+
+def test_layers_beside_one_that_is_left_alone_are_named():
+    model, (x,) = make("residual")
+    ignored, *others = (
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d) and layer.out_channels == layer.in_channels
+    )
+    result = fxlean.prune(model, 1.0, x, granularity="channel", ignore=[ignored])
+    reasons = {name: result.pinned.get(name, "") for name in others}
+    assert all("left alone" in reason for reason in reasons.values()), reasons
+    assert ignored not in result.pinned
 
 
 def test_any_measure_can_be_the_target():

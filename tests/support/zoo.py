@@ -96,7 +96,9 @@ def randomise_norms(model: nn.Module) -> None:
 ZOO: dict[str, Case] = {
     "plain": Case(lambda: between(conv_bn_relu(4, 6), outputs=6)),
     "frozen_norm": Case(
-        lambda: between(nn.Sequential(conv(4, 6), FrozenNorm(6), nn.ReLU()), outputs=6)
+        lambda: between(
+            nn.Sequential(conv(4, 6), FrozenNorm(6), nn.ReLU()), conv_bn_relu(6, 5), outputs=5
+        )
     ),
     "no_norm": Case(
         lambda: nn.Sequential(
