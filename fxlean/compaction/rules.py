@@ -163,7 +163,7 @@ def _parts(site: Site, results: Sequence[Flow], follow: Collection[Any]) -> Tens
     if site.packet in SEPARATING or site.packet is aten.stack:
         ids = results[0].ids if site.packet is aten.stack else flow.ids
         dim = site.argument("dim") % ids.dim()
-        apart = (ids.shape[dim] > 1) and sum(size > 1 for size in ids.shape) == 2
+        apart = ids.shape[dim] > 1 and sum(size > 1 for size in ids.shape) == 2
         return ids.movedim(dim, 0).flatten(1) if apart else None
     if site.packet not in follow or len(_dims(flow)) != 1:
         return None

@@ -118,7 +118,8 @@ def reduction(site: Site) -> Any:
     """A mean, sum or maximum over dimensions; channels that differ along them are merged."""
     flow = site.flow()
     rank = len(flow.shape)
-    left = [dim for dim in range(rank) if dim not in reduced(site)]
+    gone = reduced(site)
+    left = [dim for dim in range(rank) if dim not in gone]
     flow = site.wiring.merge(flow, left)
     results = []
     at_zero = site.run(lambda node: torch.zeros((2,) * rank))
