@@ -188,7 +188,7 @@ class Constants:
             if before == tuple(value.shape) and operator_of(node.target) in MULTIPLICATIVE:
                 return origin
             if before is not None and self._moves(node.target):
-                index = self._move(node, arg, origin.flat_index(before))
+                index = self.move(node, arg, origin.flat_index(before))
                 # Data of another origin, concatenated with the indices, makes them floats.
                 return None if index.is_floating_point() else Origin(origin.parameter, index)
             if before is None or before == tuple(value.shape):
@@ -201,11 +201,11 @@ class Constants:
         """The origin of one of the results of a movement that has several, such as a split."""
         (moved, origin), *_ = [(arg, origins[arg]) for arg in whole.all_input_nodes if origins[arg]]
         assert origin is not None
-        parts = self._move(whole, moved, origin.flat_index(tuple(moved.meta["val"].shape)))
+        parts = self.move(whole, moved, origin.flat_index(tuple(moved.meta["val"].shape)))
         return Origin(origin.parameter, parts[node.args[1]])  # type: ignore[index]
 
-    def _move(self, node: fx.Node, moved: fx.Node, index: Tensor) -> Tensor:
-        """The flat indices after a data movement, by running it on them."""
+    def move(self, node: fx.Node, moved: fx.Node, index: Tensor) -> Tensor:
+        """The flat indices of one argument after a data movement, by running it on them."""
         if operator_of(node.target) in VIEWS:  # which need the strides of the data
             return index.reshape(node.meta["val"].shape)
         moved_index: Tensor = run(node, lambda arg: index if arg is moved else self.value(arg))

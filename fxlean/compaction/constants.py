@@ -6,18 +6,16 @@ Where such a constant is to have fewer channels, all that it is computed from mu
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
 
-from ..channels.calls import operator_of, run
-from ..channels.rules.movements import RESHAPED, moves
+from ..channels.calls import operator_of
+from ..channels.rules.movements import moves
 from ..channels.rules.table import pointwise, rule_for
-from ..channels.weights import Constants, ancestors
+from ..channels.weights import MULTIPLICATIVE, Constants, ancestors
 
-AS_THEY_ARE = RESHAPED | {torch.ops.aten._to_copy}  # some need the strides of the data, or a type
 Indices = Mapping[str, Tensor]  # flat, by the name of a parameter or buffer
 
 
@@ -35,8 +33,7 @@ def elements_behind(node: fx.Node, constants: Constants) -> dict[str, tuple[Tens
         if not isinstance(value, Tensor):
             return None
         if name is None:
-            given = [found[arg] for arg in ancestor.all_input_nodes]
-            indices = _indices(ancestor, value.shape, given)
+            indices = _indices(ancestor, value.shape, found, constants)
             if indices is None:
                 return None
             found[ancestor] = indices
@@ -46,50 +43,20 @@ def elements_behind(node: fx.Node, constants: Constants) -> dict[str, tuple[Tens
     return {name: torch.unravel_index(at, shapes[name]) for name, at in found[node].items()}
 
 
-def _indices(node: fx.Node, shape: torch.Size, given: Sequence[Indices]) -> Indices | None:
+def _indices(
+    node: fx.Node, shape: torch.Size, found: Mapping[fx.Node, Indices], constants: Constants
+) -> Indices | None:
     """What the elements of one node are computed from, by what those of its arguments are."""
-    if not given:
+    arguments = node.all_input_nodes
+    if not arguments:
         return {} if shape.numel() == 1 else None
-    if moves(node.target):
-        return _moved(node, shape, given[0]) if len(given) == 1 else None
-    if rule_for(node.target) is not pointwise:
-        return None
-    result: dict[str, Tensor] = {}
-    for indices in given:
-        for name, index in indices.items():
+    if operator_of(node) in MULTIPLICATIVE or rule_for(node.target) is pointwise:
+        result: dict[str, Tensor] = {}
+        for name, index in (item for arg in arguments for item in found[arg].items()):
             if not torch.equal(result.setdefault(name, index.expand(shape)), index.expand(shape)):
                 return None
-    return result
-
-
-def _moved(node: fx.Node, shape: torch.Size, indices: Indices) -> Indices:
-    """The indices after a data movement, by running it on them."""
-    found: dict[str, Tensor] = {}
-    for name, index in indices.items():
-        if operator_of(node) in AS_THEY_ARE:
-            found[name] = index.reshape(shape)
-        else:
-            found[name] = run(node, dict.fromkeys(node.all_input_nodes, index).__getitem__)
-    return found
-
-
-def readers(
-    graph: fx.Graph, names: Mapping[fx.Node, str], inputs: Collection[fx.Node]
-) -> Counter[str]:
-    """How many arguments of what depends on the inputs are computed from each tensor.
-
-    Args:
-        graph: traced.
-        names: of the parameters and buffers, by their nodes.
-        inputs: of the model.
-    """
-    sources = {node: {name} for node, name in names.items()}
-    varying, count = set(inputs), Counter[str]()
-    for node in graph.nodes:
-        if node.op == "output" or varying & set(node.all_input_nodes):
-            varying.add(node)
-            for arg in node.all_input_nodes:
-                count.update(sources.get(arg, ()))
-        elif node not in sources:
-            sources[node] = set().union(*(sources[arg] for arg in node.all_input_nodes))
-    return count
+        return result
+    if not moves(node.target) or len(arguments) > 1:
+        return None
+    (moved,) = arguments
+    return {name: constants.move(node, moved, index) for name, index in found[moved].items()}

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ..channels.flow import Flow, make_flow, scalar_gain
 from ..channels.graph import Kind
-from ..channels.rules.movements import RESHAPED
+from ..channels.rules.movements import LIKE, RESHAPED
 from ..channels.rules.positions import reduced
 from ..channels.rules.table import pointwise, resizes, rule_for
 from ..channels.site import Site
@@ -36,7 +36,6 @@ OVER_PARTS = frozenset(
         *(aten._log_softmax, aten._safe_softmax, aten._softmax),
     }
 )
-LIKE = frozenset({aten.full_like, aten.ones_like, aten.zeros_like})
 SIZED = RESHAPED | {aten.expand}  # calls that say how large their result is
 TENSORS = "tensors"  # parameters and buffers of element-wise operators, cut with the channels
 # The sizes in a graph are numbers, and do not tell whether the code computes them. These operators
@@ -129,9 +128,11 @@ def _met(site: Site) -> Flow | None:
 
 def _with_parts_met(site: Site) -> Site:
     """The call on parts that have met, where it adds up, or weighs against each other, several."""
+    if site.packet not in OVER_PARTS or len(_dims(site.flow())) != 2:
+        return site
     flow = site.flow()
-    over = [dim for dim in _dims(flow) if site.packet in OVER_PARTS and dim in reduced(site)]
-    if len(over) != 1 or len(_dims(flow)) != 2:
+    over = [dim for dim in _dims(flow) if dim in reduced(site)]
+    if len(over) != 1:
         return site
     parts = [make_flow(ids, flow.gain, flow.shape) for ids in flow.ids.split(1, over[0])]
     met = site.wiring.join(Kind.SUM, parts, flow.shape)

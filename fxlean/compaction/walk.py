@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from ..channels.walk import source, walk
 from ..channels.weights import Constants
 from ..checkpoint.layout import named_tensors
 from ..tracing.sandbox import on_cpu, same_random_states
-from ..tracing.tracer import Trace
-from .constants import readers
+from ..tracing.tracer import Piece, Trace
 from .rules import apply_rule
 from .slots import Application, Slots
 
@@ -39,13 +38,13 @@ def slots_of(model: nn.Module, trace: Trace, follow: Collection[Any]) -> Slots:
     for piece in trace.pieces:
         slots.walked = "input"
         state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
-        uses.update(readers(piece.graph.graph, piece.state_nodes, piece.input_nodes))
         constants = Constants(piece.graph, state, moves, owners)
         sources = [source(slots, tuple(node.meta["val"].shape)) for node in piece.input_nodes]
         with same_random_states(model):
             env = walk(
                 piece, slots, constants, sources, lambda site: apply_rule(site, slots, follow)
             )
+        uses.update(_read(piece, constants, env))
         slots.walked = "output"
         for node in piece.output_nodes:
             if node in env:
@@ -72,6 +71,19 @@ def owners_of(model: nn.Module, trace: Trace) -> dict[str, str]:
         if alone and isinstance(model.get_submodule(path), LAYERS):
             found[name] = path
     return found
+
+
+def _read(piece: Piece, constants: Constants, env: Mapping[fx.Node, Any]) -> Iterator[str]:
+    """Names of parameters and buffers, once for each argument that is computed from them.
+
+    Of what depends on the inputs, and has a place in `env`; and of what is returned.
+    """
+    for node in piece.graph.graph.nodes:
+        given = node.all_input_nodes
+        if node.op == "output" or any(arg in env for arg in given):
+            for arg in given:
+                if arg not in env:
+                    yield from constants.parameters(arg)
 
 
 def _refuse(slots: Slots) -> None:

@@ -68,6 +68,7 @@ WHOLE = frozenset(
         aten.triu,
     }
 )
+LIKE = frozenset({aten.full_like, aten.ones_like, aten.zeros_like})
 MOVEMENTS = SAME | RESHAPED | DIMENSIONS | ALONG | INDEXED | WHOLE
 
 

@@ -221,6 +221,7 @@ RESIZES: dict[Any, Callable[[Site], bool]] = {
     **dict.fromkeys(movements.ALONG, movements.elsewhere),
     **dict.fromkeys(movements.INDEXED | movements.WHOLE, never),
     **{op: never for op, rule in RULES.items() if rule in (movements.filled, movements.unknown)},
+    **dict.fromkeys(movements.LIKE, always),
     **dict.fromkeys((aten._unsafe_index, aten.index), movements.picked),
     aten.as_strided: never,
     aten.as_strided_: never,
@@ -230,17 +231,14 @@ RESIZES: dict[Any, Callable[[Site], bool]] = {
     aten.copy: never,
     aten.embedding: never,
     aten.flip: always,
-    aten.full_like: always,
     aten.index_select: movements.elsewhere,
     aten.native_channel_shuffle: always,
-    aten.ones_like: always,
     aten.pixel_shuffle: always,
     aten.pixel_unshuffle: always,
     aten.repeat: movements.repeated,
     aten.roll: movements.rolled,
     aten.rot90: movements.elsewhere,
     aten.slice: movements.sliced,
-    aten.zeros_like: always,
 }
 
 
