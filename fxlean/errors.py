@@ -9,6 +9,9 @@ from types import FrameType
 
 from torch import Tensor
 
+# Frames that are not a caller's: ours, and those of our decorators.
+INSIDE = ("fxlean.", "contextlib", "torch.utils._contextlib")
+
 
 class FxleanError(Exception):
     """Something that fxlean cannot do; the message says what, where and what to do next."""
@@ -88,6 +91,6 @@ def _outside() -> tuple[FrameType | None, int]:
     """The frame that has called the library, and how far it is above the caller of this."""
     frame: FrameType | None = sys._getframe(1)
     level = 0
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("fxlean."):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(INSIDE):
         frame, level = frame.f_back, level + 1
     return frame, level

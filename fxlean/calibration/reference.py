@@ -13,7 +13,7 @@ from ..errors import ArgumentError, first_line
 from ..masking import is_masked, masked
 from ..tracing.arguments import check_model, public_name, unwrapped
 from ..tracing.inputs import Arguments, call_on_copies
-from ..tracing.leaves import tensors_in
+from ..tracing.leaves import as_real, tensors_in
 from ..tracing.sandbox import running
 
 ATTRIBUTE = "_fxlean_unpruned"  # on a masked model: the fingerprint of what it was made of
@@ -96,5 +96,6 @@ def wanted_of(reference: nn.Module, batches: Sequence[Arguments]) -> list[list[T
 
 
 def floats_of(result: Any) -> list[Tensor]:
-    """The floating-point tensors in what a model returns."""
-    return [tensor for tensor in tensors_in(result) if tensor.is_floating_point()]
+    """The floating-point tensors in what a model returns; complex ones as their parts."""
+    found = map(as_real, tensors_in(result))
+    return [tensor for tensor in found if tensor.is_floating_point()]

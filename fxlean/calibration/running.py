@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..channels.walk import Wired, wire
 from ..channels.weights import Constants, Origin
 from ..tracing.inputs import Arguments
 from ..tracing.leaves import replaced, tensors_in
+from ..tracing.sandbox import same_random_states
 from ..tracing.tracer import Piece, Trace, trace_model
 
 Known = dict[Any, tuple[Trace, Wired]]  # by the shapes of the inputs
@@ -44,23 +46,29 @@ def remember_trace(known: Known, trace: Trace, wired: Wired) -> None:
 class Running:
     """One traced graph on one batch; values are forgotten after their last use.
 
+    Random numbers are the same in every graph of one architecture, and in every run.
+
     Attributes:
-        nodes: the calls that depend on the inputs, and the output, in order.
+        nodes: the calls that depend on the inputs or draw random numbers, and the output, in order.
         values: what has been computed and is still needed, by node.
     """
 
     def __init__(self, model: nn.Module, piece: Piece, inputs: Sequence[Any]) -> None:
         """`inputs` are the tensors that the graph takes, in order; it may write into copies."""
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self._piece = piece
+        self._model, self._piece = model, piece
         self._state = {node: (name, tensors[name]) for node, name in piece.state_nodes.items()}
         copies = replaced(list(inputs), Tensor.clone)
         self.values: dict[fx.Node, Any] = dict(zip(piece.input_nodes, copies, strict=True))
         varying = set(piece.input_nodes)
         self.nodes: list[fx.Node] = []
         self._last: dict[fx.Node, fx.Node] = {}
+        self._draws: dict[fx.Node, int] = {}
         for node in piece.graph.graph.nodes:
-            if node.op == "output" or not varying.isdisjoint(node.all_input_nodes):
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                self._draws[node] = len(self._draws)
+            read = not varying.isdisjoint(node.all_input_nodes)
+            if node in self._draws or node.op == "output" or read:
                 varying.add(node)
                 self.nodes.append(node)
                 self._last |= dict.fromkeys(node.all_input_nodes, node)
@@ -80,11 +88,21 @@ class Running:
 
     def compute(self, node: fx.Node) -> Any:
         """The value that a node would get now, which is not kept."""
-        with torch.no_grad():
+        with torch.no_grad(), self._drawing(node):
             args = fx.map_arg(node.args, self.value)
             if node.op == "output":
                 return args[0]
             return node.target(*args, **fx.map_arg(node.kwargs, self.value))  # type: ignore
+
+    @contextmanager
+    def _drawing(self, node: fx.Node) -> Iterator[None]:
+        """With a seed of its own for a node that draws random numbers."""
+        if node not in self._draws:
+            yield
+            return
+        with same_random_states(self._model):
+            torch.manual_seed(self._draws[node])
+            yield
 
     def step(self, node: fx.Node) -> Any:
         """Run the next node; returns its value."""

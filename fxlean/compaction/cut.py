@@ -119,6 +119,7 @@ def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
             chosen = side.nonzero().flatten()
             part = part.index_select(dim, chosen.to(tensor.device))
             note_kept(module, name, dim, chosen)
+        part = _laid_out(part, tensor)
         trained = isinstance(tensor, nn.Parameter)
         tensors[name] = nn.Parameter(part, tensor.requires_grad) if trained else part
     widths = {"in": int(columns.sum()), "out": int(rows.sum())}
@@ -128,6 +129,14 @@ def narrow(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:
         module.in_features, module.out_features = widths["in"], widths["out"]
     else:
         module.in_channels, module.out_channels, module.groups = widths["in"], widths["out"], left
+
+
+def _laid_out(part: Tensor, like: Tensor) -> Tensor:
+    """In the memory format of another tensor."""
+    for rank, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if like.dim() == rank and like.is_contiguous(memory_format=layout):
+            return part.contiguous(memory_format=layout)
+    return part
 
 
 def blank(module: Any, rows: Tensor, columns: Tensor, groups: int) -> None:

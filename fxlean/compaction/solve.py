@@ -66,7 +66,8 @@ def is_ragged(slots: Slots, kept: Kept) -> bool:
     """Whether kernels are zero between channels that must be kept and are not always zero.
 
     Where single kernels were pruned, how many channels happen to be left of a layer can make it
-    slow, so that a few more stay. Where whole channels were, somebody chose.
+    slow, so that a few more stay. Where whole channels were, somebody chose; a channel that no
+    kernel of a layer reads tells nothing, for it may be zero from the start.
     """
     left = zero = 0
     for applied in slots.applications:
@@ -74,6 +75,7 @@ def is_ragged(slots: Slots, kept: Kept) -> bool:
         columns = kept(applied.source.slots) & ~applied.source.zero
         found = np.count_nonzero(applied.nonzero.numpy()[rows.numpy()], axis=0)
         found = found[columns.numpy()] if applied.groups == 1 else found
+        found = found[found > 0]
         left += len(found) * int(rows.sum())
         zero += len(found) * int(rows.sum()) - int(found.sum())
     return zero > RAGGED * left

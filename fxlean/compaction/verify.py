@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tracing.inputs import Arguments, batch_size, call, in_parts
-from ..tracing.leaves import replaced, tensors_in
+from ..tracing.leaves import as_real, replaced, tensors_in
 from ..tracing.sandbox import copied, running
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -117,7 +117,8 @@ def outputs(model: nn.Module, inputs: Sequence[Arguments]) -> list[list[Tensor]]
     results = []
     for arguments in inputs:
         with running(model):
-            results.append(tensors_in(call(model, copy.deepcopy(arguments))))
+            found = tensors_in(call(model, copy.deepcopy(arguments)))
+            results.append([as_real(tensor) for tensor in found])
     return results
 
 

@@ -72,7 +72,8 @@ def prune(
         norm: length of a kernel for "lean", "path" and "spectral": "spectral", "frobenius",
             "nuclear" or "l1".
         redundancy: whether to remove kernels that read only zeros, or that nothing reads.
-        prune_outputs: whether to prune the layers that make the model's output.
+        prune_outputs: whether to prune the layers that make the model's output; one that the
+            model reads itself as well is pruned anyway.
         include_linear: whether to prune linear layers, feature by feature; if left out, with whole
             channels only.
         calibration: unlabelled batches for "relevance": one, or an iterable such as a

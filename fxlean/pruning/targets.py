@@ -149,7 +149,7 @@ def units_within(
     of = target.of if isinstance(target.of, str) else "macs"
     costs = unit_costs(channels, of, target.least)
     gone = channels.gone()
-    reasons = "; ".join(by_reason(channels.units.pinned))
+    reasons = "; ".join(by_reason({**channels.network.skipped, **channels.units.pinned}))
     pinned = f" (all channels stay of {reasons})" if reasons else ""
     fixed = totals[of] - costs.total(np.zeros_like(gone))
     steps = removal_order(costs, scores, gone, target.round_to)

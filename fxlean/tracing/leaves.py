@@ -60,6 +60,11 @@ def replaced(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     return result
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, in a last dimension; others as they are."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def is_ordinary(tensor: Tensor) -> bool:
     """Whether a tensor has data of its own, and is no subclass that computes in its own way."""
     plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__

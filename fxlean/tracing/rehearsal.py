@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ArgumentError, TraceError, first_line, some
@@ -37,7 +36,7 @@ class Rehearsal:
         calls: the first call of every module that was called, by name.
         hooks: numbers of the hooks that take part in what the model computes.
         onlookers: whether there are others.
-        dependent: the tensors that were computed from the inputs.
+        dependent: the tensors that were computed from the inputs, or are left from a call before.
     """
 
     arguments: Arguments
@@ -59,8 +58,10 @@ def rehearse(model: nn.Module, arguments: Arguments) -> Rehearsal:
         own = replaced(arguments, copied)
         for name, module in model.named_modules():
             _record(module, name, calls)
+        before = Snapshot(model)
         with Dependent(tensors_in(own)) as dependent:
             result = call(model, own)
+        dependent.add_unread(before.replaced())
         # A model may have a `__call__` of its own, which no hook sees.
         args, kwargs = ((), own) if isinstance(own, dict) else (own, {})
         calls.setdefault("", Call(args, kwargs, result))
@@ -149,8 +150,15 @@ class Dependent(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         # A weak reference keeps the address of a storage from being used again.
         self._storages: dict[int, StorageWeakRef] = {}
+        self._read: set[int] = set()
         for tensor in sources:
             self._add(tensor)
+
+    def add_unread(self, tensors: Sequence[Tensor]) -> None:
+        """Take those for dependent that no operator has read, and that have lived all the while."""
+        for tensor in tensors:
+            if is_ordinary(tensor) and tensor.untyped_storage()._cdata not in self._read:
+                self._add(tensor)
 
     def __contains__(self, tensor: Tensor) -> bool:
         return is_ordinary(tensor) and tensor.untyped_storage()._cdata in self._storages
@@ -170,9 +178,10 @@ class Dependent(TorchDispatchMode):
         """Run an operator; what it returns depends on what it is given, if more than its shape."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        leaves = pytree.tree_leaves((args, kwargs))
+        given = [t for t in tensors_in((args, kwargs)) if is_ordinary(t)]
+        self._read.update(tensor.untyped_storage()._cdata for tensor in given)
         reads = not func.__name__.startswith("new_") and "_like." not in func.__name__
-        if reads and any(isinstance(leaf, Tensor) and leaf in self for leaf in leaves):
+        if reads and any(tensor in self for tensor in given):
             for tensor in tensors_in(result):
                 self._add(tensor)
         return result

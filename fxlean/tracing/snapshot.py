@@ -38,6 +38,14 @@ class Snapshot:
         """Whether anything else is in some container now."""
         return not all(_holds(*found) for found in self._contents.values())
 
+    def replaced(self) -> list[Tensor]:
+        """Tensors that were in some container, and are not in it now."""
+        found = []
+        for container, content in self._contents.values():
+            now = {id(thing) for thing in _content(container)}
+            found += [t for t in content if isinstance(t, Tensor) and id(t) not in now]
+        return found
+
     def put_back(self) -> None:
         """Make the model what it was."""
         for container, content in self._contents.values():

@@ -82,6 +82,34 @@ def test_repair_helps(name):
     assert after < 0.9 * before
 
 
+class Sampling(nn.Module):
+    """A network that adds noise to what it has encoded, of a shape or like a value."""
+
+    def __init__(self, drawn):
+        super().__init__()
+        self.encode = nn.Sequential(conv(1, 24), nn.ReLU(), conv(24, 24), nn.ReLU(), conv(24, 6, 1))
+        self.decode = nn.Sequential(conv(6, 16), nn.ReLU(), conv(16, 1, 1))
+        self.drawn = drawn
+
+    def forward(self, x):
+        code = self.encode(x)
+        return self.decode(code + 0.5 * self.drawn(code))
+
+
+@pytest.mark.parametrize("drawn", [torch.randn_like, lambda code: torch.randn(code.shape)])
+def test_both_networks_draw_the_same_numbers(drawn):
+    torch.manual_seed(0)
+    model, x = Sampling(drawn).eval(), torch.randn(64, 1, 12, 12)
+    unchanged = fxlean.repair(model, x, copied(model))
+    assert all(layer.before == 0 for layer in unchanged.layers)
+    reference = pruned(model, 0.5, x, ignore=["encode.4", "decode.*"])
+    state_before = torch.get_rng_state()
+    result = fxlean.repair(model, x, reference)
+    assert torch.equal(torch.get_rng_state(), state_before)
+    assert result.after < 0.7 * result.before
+    assert all(layer.before < 0.5 for layer in result.layers if "decode" in layer.name)
+
+
 def test_the_result_is_a_table():
     model, x = residual_network()
     result = fxlean.repair(model, x, pruned(model, 0.5, x))

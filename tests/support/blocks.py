@@ -173,6 +173,32 @@ class Halves(nn.Module):
         return gate.sigmoid() * value
 
 
+class Fourier(nn.Module):
+    """A convolution of the real and imaginary parts of a spectrum: fast Fourier convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.mix = conv_bn(2 * channels, 2 * channels, 1)
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft2(x, norm="ortho")
+        real, imag = self.mix(torch.cat([spectrum.real, spectrum.imag], 1)).relu().chunk(2, 1)
+        return torch.fft.irfft2(torch.complex(real, imag), s=x.shape[-2:], norm="ortho")
+
+
+def low_pass(x: Tensor) -> Tensor:
+    """The lowest frequencies, copied into a spectrum of zeros."""
+    spectrum = torch.fft.rfft2(x)
+    low = torch.zeros_like(spectrum)
+    low[..., :3, :3] = spectrum[..., :3, :3]
+    return torch.fft.irfft2(low, s=x.shape[-2:])
+
+
+def beside_zeros(x: Tensor) -> Tensor:
+    """With as many channels of zeros, such as a first iterate."""
+    return torch.cat([torch.zeros_like(x), x], 1)
+
+
 def distances(x: Tensor) -> Tensor:
     """Distances between rows: an operator without a rule."""
     return x + torch.cdist(x, x).mean(-1, keepdim=True)

@@ -2,11 +2,12 @@
 
 import torch
 
-from tests.support.sites import Data, integers, place
+from tests.support.sites import Data, complexes, integers, place
 
 aten = torch.ops.aten
 LINE, IMAGE, VOLUME = Data((2, 4, 6)), Data((2, 4, 6, 6)), Data((2, 4, 4, 4, 4))
 MATRIX = Data((3, 4))
+SPECTRUM, WAVE = Data((2, 4, 6, 4), complexes), Data((2, 4, 6), complexes)
 ONES, STATISTICS = torch.full((4,), 1.5), [torch.full((4,), 0.2), torch.full((4,), 1.2)]
 NO_AFFINE = (None, None)
 NORMALISED = [
@@ -108,6 +109,19 @@ MIXED = [
     (aten.sort.default, (IMAGE, 1)),
     (aten.topk.default, (IMAGE, 2, 1)),
 ]
+TRANSFORMS = [
+    (aten._fft_c2c.default, (WAVE, [2], 1, True)),
+    (aten._fft_c2c.default, (WAVE, [1], 2, False)),
+    (aten._fft_c2r.default, (SPECTRUM, [2, 3], 2, 6)),
+    (aten._fft_c2r.default, (SPECTRUM, [3], 1, 7)),
+    (aten._fft_r2c.default, (IMAGE, [2, 3], 0, True)),
+    (aten._fft_r2c.default, (LINE, [1], 0, False)),
+    (aten.view_as_complex.default, (Data((3, 4, 2)),)),
+    (aten.view_as_real.default, (WAVE,)),
+    (aten.complex.default, (IMAGE, IMAGE)),
+    (aten.mul.Tensor, (WAVE, torch.full((6,), 1j))),
+    (aten.abs.default, (WAVE,)),
+]
 PRODUCTS = [
     (aten.bmm.default, (Data((2, 3, 4)), Data((2, 4, 5)))),
     (aten.bmm.default, (Data((2, 3, 4)), torch.ones(2, 4, 5))),
@@ -145,7 +159,7 @@ POINTWISE = [
     (aten.exp.default, (IMAGE,)),
     (aten.gt.Scalar, (IMAGE, 0)),
 ]
-CALLS = NORMALISED + WEIGHTED + WINDOWED + REDUCED + MIXED + PRODUCTS + POINTWISE
+CALLS = NORMALISED + WEIGHTED + WINDOWED + REDUCED + MIXED + TRANSFORMS + PRODUCTS + POINTWISE
 ELSEWHERE = {
     aten.cudnn_batch_norm: "runs on CUDA only",
     aten.miopen_batch_norm: "runs on ROCm only",
@@ -220,6 +234,7 @@ MOVEMENTS = [
     (aten.tril.default, (X,)),
     (aten.triu.default, (X, 1)),
     (aten.as_strided.default, (X, (2, 3, 4), (9, 1, 3), 5)),
+    (aten.as_strided.default, (Data((2, 4, 1, 1)), (2, 4, 1, 1), (4, 1, 4, 4))),
     (aten.as_strided_.default, (X, (2, 3, 4), (9, 1, 3), 5)),
     (aten.copy.default, (X, Data((4, 1, 3)))),
     (aten.copy.default, (BUFFER, Data((4, 1, 3)))),

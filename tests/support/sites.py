@@ -33,6 +33,11 @@ def integers(high: int) -> Callable[..., Tensor]:
     return lambda shape, generator: torch.randint(high, shape, generator=generator)
 
 
+def complexes(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draws complex numbers."""
+    return torch.randn(shape, generator=generator, dtype=torch.complex64)
+
+
 def place(operator, args, generator: torch.Generator, **kwargs) -> Site:
     """The operator called on flows of random ids, as a site of its own.
 

@@ -19,6 +19,7 @@ from tests.support.blocks import (
     Combine,
     DenseInPlace,
     ExpandedGate,
+    Fourier,
     FrozenNorm,
     Functional,
     Halves,
@@ -40,6 +41,7 @@ from tests.support.blocks import (
     conv_bn_relu,
     conv_next_block,
     distances,
+    low_pass,
     padded_shortcut,
     pre_activation,
     pre_pruned,
@@ -135,6 +137,8 @@ ZOO: dict[str, Case] = {
     "stacked": Case(lambda: between(Stacked(4, 6, 0), Stacked(6, 5, -1), outputs=5)),
     "selective": Case(lambda: between(Selective(4, 6), outputs=6)),
     "halves": Case(lambda: between(conv_bn(4, 12), Halves(), outputs=6)),
+    "fourier": Case(lambda: between(Fourier(4), conv_bn_relu(4, 4))),
+    "low_pass": Case(lambda: between(Apply(low_pass), conv_bn_relu(4, 4))),
     "residual": Case(lambda: between(residual(conv_bn(4, 4)), residual(conv_bn(4, 4)))),
     "residual_downsample": Case(
         lambda: between(

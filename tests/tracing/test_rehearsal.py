@@ -248,6 +248,54 @@ def test_what_a_hook_keeps_for_the_model_is_seen(read):
     assert masks(model) == masks(Skip(None))
 
 
+class Keeping(Between):
+    """Adds what a hook has kept of its first convolution in a call of any time."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.kept = {}
+        self.first[0].register_forward_hook(self.keep)
+
+    def keep(self, module, args, out):
+        self.kept["skip"] = out
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x) + self.kept["skip"]).relu())
+
+
+def test_what_a_hook_has_kept_of_an_earlier_call_is_not_read():
+    torch.manual_seed(0)
+    expected = masks(Skip(None))
+    torch.manual_seed(0)
+    model = Keeping().eval()
+    with torch.no_grad():
+        model(IMAGE)
+    earlier = model.kept["skip"]
+    (piece,) = trace_model(model, IMAGE).pieces
+    assert not piece.graph.graph.find_nodes(op="get_attr")
+    assert model.kept["skip"] is earlier
+    assert masks(model) == expected
+
+
+class Recurrent(Between):
+    """Adds a state that every call replaces, which is a constant of the next one."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.state = torch.ones(8, 1, 1)
+
+    def forward(self, x):
+        y = self.first(x) + self.state
+        self.state = y.mean((0, 2, 3))[:, None, None].detach()
+        return self.last(self.second(y).relu())
+
+
+def test_a_state_that_a_call_reads_and_replaces_is_a_constant():
+    trace = trace_model(Recurrent().eval(), IMAGE)
+    assert len(trace.pieces[0].graph.graph.find_nodes(op="get_attr")) == 1
+    assert not trace.left_out
+
+
 def test_features_that_hooks_collect_are_results():
     class Collecting(Between):
         def forward(self, x):

@@ -142,7 +142,7 @@ def _carries(site: Site, node: fx.Node) -> bool:
     if node in site.env:
         return True
     value = site.value(node)
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def move_flow(flow: Flow, shape: Sequence[int], dim: int, number: int) -> Flow:
@@ -190,6 +190,17 @@ def strided(site: Site) -> Flow:
         return laid_out.as_strided(*site.node.args[1:])  # type: ignore[arg-type]
 
     return move([flow], apply, site.shape, None)
+
+
+def restrided(site: Site) -> bool:
+    """Whether `as_strided` gives the value itself, as where torch changes only the layout."""
+    value = site.nodes()[0].meta["val"]
+    if tuple(site.argument("size")) != tuple(value.shape):
+        return False
+    # Along a dimension of one position, no stride matters.
+    strides = zip(value.shape, value.stride(), site.argument("stride"), strict=True)
+    same = all(own == asked for size, own, asked in strides if size > 1)
+    return same and site.argument("storage_offset") in (None, value.storage_offset())
 
 
 def filled(site: Site) -> Flow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -137,10 +138,23 @@ def reduction(site: Site) -> Any:
 
 
 def reduced(site: Site) -> set[int]:
-    """The dimensions over which a reduction or a softmax goes."""
+    """The dimensions over which a reduction, a softmax or a transform goes."""
     rank, dims = len(site.flow().shape), site.argument("dim")
     dims = [dims] if isinstance(dims, int) else dims
     return {dim % rank for dim in dims} if dims else set(range(rank))
+
+
+def parts(site: Site) -> Flow:
+    """`view_as_real`: the real and imaginary part of every value, in a last dimension."""
+    flow = site.flow()
+    return make_flow(flow.ids[..., None], flow.gain[..., None], site.shape)
+
+
+def whole(site: Site) -> Flow:
+    """`view_as_complex`: the other way round."""
+    flow = site.flow()
+    flow = site.wiring.merge(flow, range(len(flow.shape) - 1))
+    return make_flow(flow.ids[..., 0], flow.gain[..., 0], site.shape)
 
 
 def unpool(site: Site) -> Flow:
@@ -153,11 +167,28 @@ def unpool(site: Site) -> Flow:
 
 
 def mixed(site: Site) -> Any:
-    """Sorting or adding up along a dimension: every result there may depend on every position."""
-    flow, dim = site.flow(), site.argument("dim")
-    rank = len(flow.shape)
-    flow = site.wiring.merge(flow, [other for other in range(rank) if other != dim % rank])
-    return _results(site, [make_flow(flow.ids, flow.gain, shape) for shape in site.shapes()])
+    """Along some dimensions every result depends on every position: sorting, sums up to there."""
+    return _mixed(site, 1.0)
+
+
+def transform(site: Site) -> Any:
+    """A discrete Fourier transform: the norm is that of the whole transform.
+
+    One from half of a spectrum to real numbers counts all but the first and last frequency twice.
+    """
+    dims = list(site.argument("dim"))
+    half = site.packet is aten._fft_c2r
+    shape = site.shape if half else site.flow().shape
+    length = prod(shape[dim] for dim in dims)
+    scale = length ** (0.5 - 0.5 * site.argument("normalization"))
+    return _mixed(site, scale * (sqrt(2) if half and shape[dims[-1]] > 2 else 1.0))
+
+
+def _mixed(site: Site, gain: float) -> Any:
+    flow = site.flow()
+    left = [dim for dim in range(len(flow.shape)) if dim not in reduced(site)]
+    flow = site.wiring.merge(flow, left)
+    return _results(site, [make_flow(flow.ids, flow.gain * gain, shape) for shape in site.shapes()])
 
 
 def product(site: Site) -> Flow:

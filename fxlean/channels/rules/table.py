@@ -145,6 +145,9 @@ def _build() -> dict[Any, Rule]:
     table |= dict.fromkeys(POINTWISE, pointwise)
     table |= dict.fromkeys(BATCH_NORMS, first(weighted.batch_norm))
     return table | {
+        aten._fft_c2c: positions.transform,
+        aten._fft_c2r: positions.transform,
+        aten._fft_r2c: positions.transform,
         aten._softmax: weighted.softmax,
         aten._log_softmax: weighted.softmax,
         aten._safe_softmax: weighted.softmax,
@@ -184,12 +187,15 @@ def _build() -> dict[Any, Rule]:
         aten.rrelu_with_noise_functional: first(pointwise),
         aten.sort: positions.mixed,
         aten.topk: positions.mixed,
+        aten.view_as_complex: positions.whole,
+        aten.view_as_real: positions.parts,
         aten.zeros_like: movements.filled,
     }
 
 
 POINTWISE = (  # that torch, or one of the versions that we support, does not tag as such
     aten._prelu_kernel,
+    aten.complex,
     aten.hardswish,
     aten.leaky_relu,
 )
@@ -223,8 +229,8 @@ RESIZES: dict[Any, Callable[[Site], bool]] = {
     **{op: never for op, rule in RULES.items() if rule in (movements.filled, movements.unknown)},
     **dict.fromkeys(movements.LIKE, always),
     **dict.fromkeys((aten._unsafe_index, aten.index), movements.picked),
-    aten.as_strided: never,
-    aten.as_strided_: never,
+    aten.as_strided: movements.restrided,
+    aten.as_strided_: movements.restrided,
     aten.cat: always,
     aten.channel_shuffle: always,
     aten.constant_pad_nd: movements.grows,

@@ -1,5 +1,7 @@
 """Every rule, against running its operator: what depends on a channel, and what dies with it."""
 
+from math import prod
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,9 @@ from fxlean.channels.rules import movements, positions
 from fxlean.channels.rules import table as rules_table
 from fxlean.channels.rules.table import RULES, register, rule_for
 from fxlean.selection.liveness import zero_channels
+from fxlean.tracing.leaves import as_real
 from tests.support.calls import CALLS, ELSEWHERE, IMAGE, call
-from tests.support.sites import CHANNELS, Data, place
+from tests.support.sites import CHANNELS, Data, complexes, place
 
 aten = torch.ops.aten
 
@@ -237,6 +240,37 @@ def test_a_flow_that_joins_itself_is_live_where_it_is_not_a_number_at_zero(opera
     site.node.args = (node, node)
     flow = rule_for(operator)(site)
     assert set(graph_of(site).kinds[flow.ids.reshape(-1)]) == {kind}
+
+
+def singular_value(function, size):
+    """The largest of a linear function of arrays of real numbers."""
+    units = torch.eye(prod(size), dtype=torch.float64).reshape(-1, *size)
+    return float(torch.linalg.matrix_norm(as_real(function(units)).flatten(1), ord=2))
+
+
+@pytest.mark.parametrize("normalization", [0, 1, 2])
+@pytest.mark.parametrize("sizes", [(6, 4), (5, 7), (3, 2)])
+def test_the_gain_of_a_transform_is_its_largest_singular_value(sizes, normalization):
+    half = (sizes[0], sizes[1] // 2 + 1)
+    calls = [
+        (aten._fft_r2c.default, sizes, (normalization, True)),
+        (aten._fft_r2c.default, sizes, (normalization, False)),
+        (aten._fft_c2c.default, sizes, (normalization, True)),
+        (aten._fft_c2r.default, half, (normalization, sizes[1])),
+    ]
+    for operator, size, options in calls:
+        real = operator is aten._fft_r2c.default
+
+        def apply(x, operator=operator, real=real, options=options):
+            return operator(x if real else torch.view_as_complex(x.contiguous()), [1, 2], *options)
+
+        value = Data((1, 1, *size), torch.randn if real else complexes)
+        site = place(operator, (value, [2, 3], *options), torch.Generator().manual_seed(0))
+        (node,) = site.env
+        site.env[node] = make_flow(torch.tensor([2]), torch.ones(1), value.shape)
+        found = rule_for(operator)(site).gain.max()
+        exact = singular_value(apply, size if real else (*size, 2))
+        assert found.item() == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize(("factor", "gain"), [(0.5, 0.5), (-3.0, 3.0)])
