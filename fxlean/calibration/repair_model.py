@@ -33,6 +33,10 @@ DELAY = 1.0  # seconds before progress is shown
 Batches = Sequence[Arguments]
 
 
+class NothingToRepairError(ArgumentError):
+    """None of the layers of a model can be repaired."""
+
+
 @ordinary()
 def repair(
     model: nn.Module,
@@ -178,10 +182,11 @@ def _repair_all(
         number += 1
     if not layers:
         reasons = "; ".join(dict.fromkeys(skipped.values()))
-        raise ArgumentError(
-            f"{type(model).__name__} has no layer that can be repaired ({reasons or 'none found'})."
-            " Pass a model with convolutions or linear layers that are used once in a run and whose"
-            " weights are parameters that require gradients."
+        raise NothingToRepairError(
+            f"{type(model).__name__} has no layer that can be repaired ({reasons or 'none found'}):"
+            " a convolution or linear layer that is used once in a run, and whose weight is a"
+            " parameter that requires gradients. Prune it without repair, and train it or call"
+            " fxlean.distill."
         )
     return layers, skipped
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isnan
 from numbers import Real
 from typing import Any
@@ -14,18 +14,18 @@ from ..calibration.batches import example_and_batches
 from ..calibration.distillation import check_trainable, check_training
 from ..calibration.distillation import distill as distill_model
 from ..calibration.reference import outputs_of
-from ..calibration.repair_model import repair_towards
+from ..calibration.repair_model import NothingToRepairError, repair_towards
 from ..calibration.running import Known
 from ..calibration.samples import relative_output_error, sample_counts, spacing
 from ..compaction.attempts import compact
 from ..costs import report
-from ..errors import ArgumentError, counted, shown
+from ..errors import ArgumentError, PruneWarning, counted, shown, warn
 from ..tracing.arguments import check_count, check_traceable, unwrapped
 from ..tracing.inputs import Arguments, some_samples
 from ..tracing.sandbox import copied
 from .options import check, check_names
 from .prune_model import prune
-from .rounds import iterate
+from .schedules import schedule
 
 HELD = 8  # one in so many samples tells the error of the outputs
 ROUNDS = 3
@@ -74,6 +74,10 @@ def shrink(
     Raises:
         ArgumentError: arguments make no sense or the ratio cannot be reached; see also `prune`,
             `repair` and `compact`.
+
+    Warns:
+        PruneWarning: no layer can be repaired, as where all are used several times in a run; see
+            also `prune`.
     """
     given = {"granularity": "channel", "of": "macs", "method": "relevance", **options}
     _check(model, ratio, tolerance, rounds, distill, given)
@@ -98,12 +102,21 @@ def shrink(
     frozen = not any(parameter.requires_grad for parameter in work.parameters())
     if frozen:  # as the model is, but the copy may change
         work.requires_grad_(True)
+    known: Known = {}
+
+    def smaller(network: nn.Module, left: float) -> None:
+        prune(network, left, example, **given)
+        try:
+            repair_towards(network, data, bare, known, progress=progress)
+        except NothingToRepairError as err:
+            warn(f"shrunk without repair: {err}", PruneWarning)
+
     if tolerance is not None:
-        work = _within(work, bare, example, data, tolerance, given, error_of)
+        work = _within(work, smaller, tolerance, given["of"], error_of)
     else:
         assert ratio is not None
-        for _ in iterate(work, ratio, rounds, example, repair=True, **given):
-            pass
+        for left in schedule(ratio, rounds):
+            smaller(work, left)
     if distill:
         trained = copied(work)
         distill_model(trained, data, bare, distill, progress=progress)
@@ -143,25 +156,21 @@ def _split(
 
 def _within(
     work: nn.Module,
-    reference: nn.Module,
-    example: Any,
-    data: Sequence[Arguments],
+    smaller: Callable[[nn.Module, float], None],
     tolerance: float,
-    options: dict[str, Any],
-    error_of: Any,
+    of: Any,
+    error_of: Callable[[nn.Module], float],
 ) -> nn.Module:
     """The network pruned as far as the error of its outputs allows, in ever smaller steps."""
-    known: Known = {}
     ratio, factor, best = 1.0, FACTOR, work
     refused: ArgumentError | None = None
     while factor < FINEST and ratio > SMALLEST:
         trial = copied(best)
         try:
-            prune(trial, ratio * factor, example, **options)
+            smaller(trial, ratio * factor)
         except ArgumentError as err:  # so much cannot go; less may
             refused, factor = err, factor**0.5
             continue
-        repair_towards(trial, data, reference, known, progress=options["progress"])
         if error_of(trial) <= tolerance:
             best, ratio = trial, ratio * factor
         else:
@@ -171,7 +180,7 @@ def _within(
             raise ArgumentError(f"whatever the tolerance: {refused}") from refused
         raise ArgumentError(
             f"tolerance is {tolerance:g}, but the outputs change by more when {1 - factor:.1%} of "
-            f"the {options['of']} go. Pass a larger one, or more batches."
+            f"the {of} go. Pass a larger one, or more batches."
         )
     return best
 

@@ -113,6 +113,30 @@ def test_a_frozen_network_shrinks_and_loses_its_batch_norms():
     assert error(small, model) < 0.5
 
 
+def test_a_network_that_cannot_be_repaired_shrinks_with_a_warning():
+    class Unrolled(nn.Module):
+        """Iterations that share one network."""
+
+        def __init__(self):
+            super().__init__()
+            self.step = nn.Sequential(conv_bn_relu(3, 24), nn.Conv2d(24, 3, 3, padding=1))
+
+        def forward(self, x):
+            y = x
+            for _ in range(3):
+                y = y - 0.1 * (y - x) + self.step(y)
+            return y
+
+    torch.manual_seed(0)
+    model = Unrolled().eval()
+    for options in ({"ratio": 0.5}, {"tolerance": 0.9}):
+        with pytest.warns(fxlean.PruneWarning, match=r"without repair: .*used more than once"):
+            small = fxlean.shrink(model, batches=images(), progress=False, **options)
+        macs = [fxlean.report(m, images()[0]).macs for m in (small, model)]
+        assert macs[0] <= (0.5 if "ratio" in options else 0.9) * macs[1]
+        assert error(small, model) < 1
+
+
 def test_options_are_those_of_prune():
     model = network()
     small = fxlean.shrink(
