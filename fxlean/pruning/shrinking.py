@@ -116,7 +116,12 @@ def shrink(
     else:
         assert ratio is not None
         for left in schedule(ratio, rounds):
-            smaller(work, left)
+            try:
+                smaller(work, left)
+            except ArgumentError as err:
+                if left == ratio:
+                    raise
+                raise ArgumentError(f"on the way to {ratio:g}: {err}") from err
     if distill:
         trained = copied(work)
         distill_model(trained, data, bare, distill, progress=progress)

@@ -137,6 +137,11 @@ def test_a_network_that_cannot_be_repaired_shrinks_with_a_warning():
         assert error(small, model) < 1
 
 
+def test_a_round_that_cannot_be_reached_names_the_ratio_that_was_asked_for():
+    with pytest.raises(fxlean.ArgumentError, match=r"^on the way to 0.2: ratio is 0.447.*at least"):
+        fxlean.shrink(network(), 0.2, images(), rounds=2, at_least=1.0)
+
+
 def test_options_are_those_of_prune():
     model = network()
     small = fxlean.shrink(

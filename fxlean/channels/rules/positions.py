@@ -144,13 +144,13 @@ def reduced(site: Site) -> set[int]:
     return {dim % rank for dim in dims} if dims else set(range(rank))
 
 
-def parts(site: Site) -> Flow:
+def real_parts(site: Site) -> Flow:
     """`view_as_real`: the real and imaginary part of every value, in a last dimension."""
     flow = site.flow()
     return make_flow(flow.ids[..., None], flow.gain[..., None], site.shape)
 
 
-def whole(site: Site) -> Flow:
+def complex_values(site: Site) -> Flow:
     """`view_as_complex`: the other way round."""
     flow = site.flow()
     flow = site.wiring.merge(flow, range(len(flow.shape) - 1))
@@ -185,8 +185,8 @@ def transform(site: Site) -> Any:
 
 
 def _mixed(site: Site, gain: float) -> Any:
-    flow = site.flow()
-    left = [dim for dim in range(len(flow.shape)) if dim not in reduced(site)]
+    flow, along = site.flow(), reduced(site)
+    left = [dim for dim in range(len(flow.shape)) if dim not in along]
     flow = site.wiring.merge(flow, left)
     return _results(site, [make_flow(flow.ids, flow.gain * gain, shape) for shape in site.shapes()])
 

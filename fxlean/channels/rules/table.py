@@ -187,8 +187,8 @@ def _build() -> dict[Any, Rule]:
         aten.rrelu_with_noise_functional: first(pointwise),
         aten.sort: positions.mixed,
         aten.topk: positions.mixed,
-        aten.view_as_complex: positions.whole,
-        aten.view_as_real: positions.parts,
+        aten.view_as_complex: positions.complex_values,
+        aten.view_as_real: positions.real_parts,
         aten.zeros_like: movements.filled,
     }
 
