@@ -92,7 +92,9 @@ class Side:
     ) -> None:
         piece = trace.pieces[number]
         self.running = Running(model, piece, piece.inputs or tensors_in(batch))
-        self.stops = stops_of(piece, wired.walks[number].made, wired.wiring.blocks)
+        found = stops_of(piece, wired.walks[number].made, wired.wiring.blocks)
+        runs = set(self.running.nodes)  # a norm of constants does not
+        self.stops = [stop for stop in found if stop.node in runs]
         self._next = 0
 
     def advance(self, node: fx.Node) -> None:

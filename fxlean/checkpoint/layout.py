@@ -104,7 +104,8 @@ def is_cut(module: nn.Module) -> bool:
 
 def is_rewritten(model: nn.Module) -> bool:
     """Whether compaction has written a new graph in place of the model's own code."""
-    return isinstance(model, fx.GraphModule) and DENSE in model.meta
+    # Some, such as torchvision's feature extractors, have no `meta`.
+    return isinstance(model, fx.GraphModule) and DENSE in getattr(model, "meta", ())
 
 
 def own_shapes(module: nn.Module) -> Shapes:
@@ -168,7 +169,9 @@ def innermost(module: nn.Module) -> nn.Module:
 
 
 def _signature(module: nn.Module) -> tuple[Any, ...]:
-    return type(module), own_shapes(module), _widths(module)
+    # Every graph module has a class of its own, copies as well.
+    kind = fx.GraphModule if isinstance(module, fx.GraphModule) else type(module)
+    return kind, own_shapes(module), _widths(module)
 
 
 def _widths(module: nn.Module) -> dict[str, int]:

@@ -22,7 +22,7 @@ from ..costs import report
 from ..errors import ArgumentError, PruneWarning, counted, shown, warn
 from ..tracing.arguments import check_count, check_traceable, unwrapped
 from ..tracing.inputs import Arguments, some_samples
-from ..tracing.sandbox import copied
+from ..tracing.sandbox import copied, ordinary
 from .options import check, check_names
 from .prune_model import prune
 from .schedules import schedule
@@ -33,6 +33,7 @@ FACTOR, FINEST = 0.7, 0.95  # what a round leaves where a tolerance says when to
 SMALLEST = 0.01
 
 
+@ordinary()
 def shrink(
     model: nn.Module,
     ratio: float | None = None,

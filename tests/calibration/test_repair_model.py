@@ -82,6 +82,31 @@ def test_repair_helps(name):
     assert after < 0.9 * before
 
 
+class Queries(nn.Module):
+    """Adds what learned queries say, which a norm reads that no image reaches."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.encode = nn.Sequential(conv(3, 24), nn.ReLU(), conv(24, 8))
+        self.queries, self.norm = nn.Parameter(torch.randn(5, 8)), norm
+        self.last = conv(8, 3, 1)
+
+    def forward(self, x):
+        said = self.norm(self.queries).mean(0)
+        return self.last(self.encode(x) + said[:, None, None])
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.BatchNorm1d(8)])
+def test_norms_of_constants_stay(norm):
+    torch.manual_seed(0)
+    model, x = Queries(norm).eval(), torch.randn(16, 3, 8, 8)
+    reference = pruned(model, 0.5, x)
+    before = state(norm)
+    result = fxlean.repair(model, x, reference)
+    assert result.after < result.before
+    assert same_state(norm.state_dict(), before)
+
+
 class Sampling(nn.Module):
     """A network that adds noise to what it has encoded, of a shape or like a value."""
 

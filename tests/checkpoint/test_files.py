@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import prune as torch_prune
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
@@ -164,6 +164,25 @@ def test_states_saved_by_plain_torch(name, kind, tmp_path):
     other = fxlean.load(fresh(name), path)
     assert_same(model, other, inputs)
     assert same_state(model.state_dict(), other.state_dict())
+
+
+def feature_extractor(layers):
+    features = pytest.importorskip("torchvision.models.feature_extraction")
+    return features.create_feature_extractor(layers, {"2": "out"})
+
+
+@pytest.mark.parametrize("traced", [fx.symbolic_trace, feature_extractor])
+def test_networks_that_are_graph_modules(traced, tmp_path):
+    def build():
+        return traced(nn.Sequential(conv(3, 16), nn.ReLU(), conv(16, 4, 1))).eval()
+
+    model, x = build(), torch.randn(2, 3, 8, 8)
+    fxlean.prune(model, 0.5, x, method="l1", granularity="channel", of="macs")
+    small = fxlean.compact(model, x)
+    assert getattr(small, "0").out_channels < 16
+    for number, network in enumerate((model, small)):
+        fxlean.save(network, tmp_path / str(number))
+        assert_same(fxlean.load(build(), tmp_path / str(number)), network, (x,))
 
 
 def test_averages_and_parts_that_are_compiled(tmp_path):

@@ -133,3 +133,38 @@ def test_parameters_that_training_writes_are_put_back():
 def test_a_model_that_rejects_what_is_given_raises():
     with pytest.raises(ValueError, match="no such size"):
         Check(Sum(accepts=lambda x: False), Sum(), (torch.rand(1, 3, 8),))
+
+
+class Boxes(nn.Module):
+    """Images and boxes, which it looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, boxes):
+        if not (boxes[:, 2:] > boxes[:, :2]).all():
+            raise ValueError("no boxes")
+        return self.layer(x).mean((2, 3)) + boxes
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)])
+def test_boxes_beside_images_are_no_noise(images):
+    boxes = torch.tensor([[0.0, 0.0, 5.0, 5.0], [1.0, 1.0, 9.0, 9.0]])
+    torch.manual_seed(0)
+    model = Boxes()
+    check = Check(model, model, (images, boxes))
+    assert not check.problem(model)
+    other = Boxes()
+    other.layer.bias = model.layer.bias
+    assert "outputs differ" in check.problem(other)  # which zeros alone would not tell
+
+
+def test_what_a_model_is_given_is_enough_where_it_takes_no_noise():
+    given = torch.tensor([[0.0, 0.0, 5.0, 5.0]])
+
+    class Alone(nn.Module):
+        def forward(self, boxes):
+            return Boxes.forward(Boxes(), torch.zeros(1, 3, 8, 8), boxes) - boxes
+
+    Check(Alone(), Alone(), (given,))

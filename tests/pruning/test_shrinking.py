@@ -137,6 +137,15 @@ def test_a_network_that_cannot_be_repaired_shrinks_with_a_warning():
         assert error(small, model) < 1
 
 
+def test_inference_mode_makes_no_difference():
+    model, data = network(), images()
+    expected = fxlean.shrink(model, 0.5, data, rounds=1, progress=False)
+    with torch.inference_mode():
+        small = fxlean.shrink(model, 0.5, data, rounds=1, progress=False)
+    assert torch.equal(small(images()[0]), expected(images()[0]))
+    small(images()[0]).sum().backward()
+
+
 def test_a_round_that_cannot_be_reached_names_the_ratio_that_was_asked_for():
     with pytest.raises(fxlean.ArgumentError, match=r"^on the way to 0.2: ratio is 0.447.*at least"):
         fxlean.shrink(network(), 0.2, images(), rounds=2, at_least=1.0)
