@@ -50,8 +50,8 @@ class Report:
     """What a model costs, layer by layer; printing it shows a table.
 
     Attributes:
-        layers: every convolution and linear layer that the forward pass reaches; one that
-            `before` has as well has the same name here.
+        layers: every convolution and linear layer on which an output depends; one that `before`
+            has as well has the same name here. What runs for nothing is not counted.
         parameters: elements of all parameters of the model.
         parameters_left: parameters without those that are zero or masked.
         before: what the model is compared with, if anything.
