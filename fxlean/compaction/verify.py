@@ -35,16 +35,21 @@ class Check:
         if not noise:
             return
         for width in (_half, _wider):
-            other = _noise(given, width)
-            with contextlib.suppress(Exception):  # many models are made for one size
-                self._expected += outputs(masked, [other])
-                self._inputs.append(other)
+            if self._takes(_noise(given, width)):
                 break
         if len(self._inputs) == 1 or _is_constant(given):
-            other = _noise(given)
-            with contextlib.suppress(Exception):  # some look at what they are given
-                self._expected += outputs(masked, [other])
-                self._inputs.append(other)
+            self._takes(_noise(given))
+
+    def _takes(self, other: Arguments) -> bool:
+        """Hold candidates against the outputs on these as well, if the model takes them.
+
+        Many are made for one size, and some look at what they are given.
+        """
+        with contextlib.suppress(Exception):  # whatever the code of the model raises
+            self._expected += outputs(self._masked, [other])
+            self._inputs.append(other)
+            return True
+        return False
 
     def difference(self, candidate: nn.Module) -> str:
         """By what the outputs of a candidate differ, but for rounding, or an empty string."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import isnan
 from numbers import Real
 from typing import Any
@@ -98,31 +99,17 @@ def shrink(
 
     if distill:
         check_training(bare, data)
-    given |= {"calibration": data, "progress": progress}
     work = copied(bare)
     frozen = not any(parameter.requires_grad for parameter in work.parameters())
     if frozen:  # as the model is, but the copy may change
         work.requires_grad_(True)
-    known: Known = {}
-
-    def smaller(network: nn.Module, left: float) -> None:
-        prune(network, left, example, **given)
-        try:
-            repair_towards(network, data, bare, known, progress=progress)
-        except NothingToRepairError as err:
-            warn(f"shrunk without repair: {err}", PruneWarning)
-
-    if tolerance is not None:
-        work = _within(work, smaller, tolerance, given["of"], error_of)
+    pruned = partial(prune, example_inputs=example, calibration=data, progress=progress, **given)
+    repaired = partial(_repair, batches=data, reference=bare, known={}, progress=progress)
+    if ratio is not None:
+        _in_rounds(work, pruned, repaired, ratio, rounds)
     else:
-        assert ratio is not None
-        for left in schedule(ratio, rounds):
-            try:
-                smaller(work, left)
-            except ArgumentError as err:
-                if left == ratio:
-                    raise
-                raise ArgumentError(f"on the way to {ratio:g}: {err}") from err
+        assert tolerance is not None
+        work = _within(work, pruned, repaired, tolerance, given["of"], error_of)
     if distill:
         trained = copied(work)
         distill_model(trained, data, bare, distill, progress=progress)
@@ -160,9 +147,42 @@ def _split(
     return data, held
 
 
+def _repair(
+    model: nn.Module,
+    batches: Sequence[Arguments],
+    reference: nn.Module,
+    known: Known,
+    progress: bool | None,
+) -> None:
+    """Repair what can be repaired, if anything can."""
+    try:
+        repair_towards(model, batches, reference, known, progress=progress)
+    except NothingToRepairError as err:
+        warn(f"shrunk without repair: {err}", PruneWarning)
+
+
+def _in_rounds(
+    work: nn.Module,
+    pruned: Callable[[nn.Module, float], object],
+    repaired: Callable[[nn.Module], None],
+    ratio: float,
+    rounds: int,
+) -> None:
+    """Prune the network to a ratio in rounds, in place."""
+    for left in schedule(ratio, rounds):
+        try:
+            pruned(work, left)
+        except ArgumentError as err:
+            if left == ratio:
+                raise
+            raise ArgumentError(f"on the way to {ratio:g}: {err}") from err
+        repaired(work)
+
+
 def _within(
     work: nn.Module,
-    smaller: Callable[[nn.Module, float], None],
+    pruned: Callable[[nn.Module, float], object],
+    repaired: Callable[[nn.Module], None],
     tolerance: float,
     of: Any,
     error_of: Callable[[nn.Module], float],
@@ -173,10 +193,11 @@ def _within(
     while factor < FINEST and ratio > SMALLEST:
         trial = copied(best)
         try:
-            smaller(trial, ratio * factor)
+            pruned(trial, ratio * factor)
         except ArgumentError as err:  # so much cannot go; less may
             refused, factor = err, factor**0.5
             continue
+        repaired(trial)
         if error_of(trial) <= tolerance:
             best, ratio = trial, ratio * factor
         else:

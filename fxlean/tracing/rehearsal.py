@@ -54,11 +54,10 @@ def rehearse(model: nn.Module, arguments: Arguments) -> Rehearsal:
     def copied(tensor: Tensor) -> Tensor:
         return copies.setdefault(id(tensor), tensor.detach().clone())
 
-    with running(model), watched_hooks(model) as (hooks, watched):
+    with running(model) as before, watched_hooks(model) as (hooks, watched):
         own = replaced(arguments, copied)
         for name, module in model.named_modules():
             _record(module, name, calls)
-        before = Snapshot(model)
         with Dependent(tensors_in(own)) as dependent:
             result = call(model, own)
         dependent.add_unread(before.replaced())

@@ -41,17 +41,18 @@ def ordinary() -> Iterator[None]:
 
 
 @contextmanager
-def untouched(model: nn.Module, *, always: bool = True) -> Iterator[None]:
+def untouched(model: nn.Module, *, always: bool = True) -> Iterator[Snapshot]:
     """Put back attributes, parameters, buffers, hooks, training flags and random states on leaving.
 
     With `always=False` only if the block raises, and random states never. Values that the block
-    writes into tensors in place are put back for buffers, not for parameters and masks.
+    writes into tensors in place are put back for buffers, not for parameters and masks. Yields the
+    model as it was.
     """
     with LOCK, same_random_states(model) if always else nullcontext():
         before = Snapshot(model)
         done = False
         try:
-            yield
+            yield before
             done = not always
         finally:
             if not done:
@@ -75,29 +76,35 @@ def same_random_states(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[Snapshot]:
     """In eval mode without gradients, silent, as eager code, and everything as before afterwards.
 
     For tensors without values; `running` is for real ones.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")  # prints whatever does not fit
     silent = log.disabled
-    with untouched(model), ordinary(), torch.no_grad(), warnings.catch_warnings(), _uncompiled():
+    with (
+        untouched(model) as before,
+        ordinary(),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+        _uncompiled(),
+    ):
         warnings.simplefilter("ignore")
         for module in model.modules():
             module.training = False
         log.disabled = True
         try:
-            yield
+            yield before
         finally:
             log.disabled = silent
 
 
 @contextmanager
-def running(model: nn.Module) -> Iterator[None]:
+def running(model: nn.Module) -> Iterator[Snapshot]:
     """Like `evaluating`, and parameters that the block writes in place are put back as well."""
-    with evaluating(model), unwritten(model):
-        yield
+    with evaluating(model) as before, unwritten(model):
+        yield before
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fxlean
+from fxlean.pruning import shrinking
 from tests.support.blocks import conv_bn, conv_bn_relu, residual
 
 pytestmark = pytest.mark.filterwarnings(
@@ -149,6 +150,16 @@ def test_inference_mode_makes_no_difference():
 def test_a_round_that_cannot_be_reached_names_the_ratio_that_was_asked_for():
     with pytest.raises(fxlean.ArgumentError, match=r"^on the way to 0.2: ratio is 0.447.*at least"):
         fxlean.shrink(network(), 0.2, images(), rounds=2, at_least=1.0)
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"tolerance": 0.1}])
+def test_an_error_of_repair_is_told_as_it_is(options, monkeypatch):
+    def refuse(*_, **__):
+        raise fxlean.ArgumentError("no repair")
+
+    monkeypatch.setattr(shrinking, "repair_towards", refuse)
+    with pytest.raises(fxlean.ArgumentError, match=r"^no repair$"):
+        fxlean.shrink(network(), batches=images(), progress=False, **options)
 
 
 def test_options_are_those_of_prune():

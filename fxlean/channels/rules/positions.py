@@ -117,11 +117,8 @@ def average_gain(spatial: int) -> Callable[[Site], float]:
 
 def reduction(site: Site) -> Any:
     """A mean, sum or maximum over dimensions; channels that differ along them are merged."""
-    flow = site.flow()
+    flow, left = _merged(site)
     rank = len(flow.shape)
-    gone = reduced(site)
-    left = [dim for dim in range(rank) if dim not in gone]
-    flow = site.wiring.merge(flow, left)
     results = []
     at_zero = site.run(lambda node: torch.zeros((2,) * rank))
     several = isinstance(at_zero, tuple | list)
@@ -142,6 +139,13 @@ def reduced(site: Site) -> set[int]:
     rank, dims = len(site.flow().shape), site.argument("dim")
     dims = [dims] if isinstance(dims, int) else dims
     return {dim % rank for dim in dims} if dims else set(range(rank))
+
+
+def _merged(site: Site) -> tuple[Flow, list[int]]:
+    """The value with all positions along these dimensions taken together, and the others."""
+    flow, along = site.flow(), reduced(site)
+    left = [dim for dim in range(len(flow.shape)) if dim not in along]
+    return site.wiring.merge(flow, left), left
 
 
 def real_parts(site: Site) -> Flow:
@@ -185,9 +189,7 @@ def transform(site: Site) -> Any:
 
 
 def _mixed(site: Site, gain: float) -> Any:
-    flow, along = site.flow(), reduced(site)
-    left = [dim for dim in range(len(flow.shape)) if dim not in along]
-    flow = site.wiring.merge(flow, left)
+    flow, _ = _merged(site)
     return _results(site, [make_flow(flow.ids, flow.gain * gain, shape) for shape in site.shapes()])
 
 
