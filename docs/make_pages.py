@@ -29,7 +29,7 @@ channels.rules: movements positions weighted table
 channels: walk
 checkpoint: layout
 calibration: moments contributions overlaps noise batches running shares elements statistics systems
-calibration: least_squares side_by_side corrections norm_corrections samples reference
+calibration: least_squares side_by_side uses corrections norm_corrections samples reference
 calibration: expansion repair_result repair_model distillation
 selection: jit rows ranking liveness chains paths relevance methods channels
 selection: takeover

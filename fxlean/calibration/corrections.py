@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, isnan, sqrt
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +19,7 @@ from .shares import data_of
 from .side_by_side import Side, Stop
 from .statistics import is_frozen_mean
 from .systems import Sample, in_layout, operator_of
+from .uses import Uses, mean_behind
 
 OTHER_DATA = "reads data of another shape than in the reference"
 
@@ -49,16 +49,23 @@ class Pair:
     theirs: Side
     held: float
 
-    def meet(self, number: int) -> Any:
-        """Run both up to a stop, and the reference past it; returns what it gives there."""
-        self.mine.advance(self.mine.stops[number].node)
-        self.theirs.advance(self.theirs.stops[number].node)
-        return self.theirs.run()
-
     def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The leading part of values to solve for, and the rest to choose by."""
         first = round(values.shape[0] * (1 - self.held))
         return values[:first], values[first:]
+
+
+def visits(pairs: Sequence[Pair], uses: Uses) -> Iterator[tuple[Pair, fx.Node, fx.Node]]:
+    """Meet at every use of a layer: yields a pair that has run as far, and its two calls.
+
+    Pairs themselves run up to the first use only, since what is corrected there changes what comes
+    behind; to see the later uses, copies run ahead.
+    """
+    for pair in pairs:
+        if len(uses) > 1:
+            pair = Pair(pair.mine.forked(), pair.theirs.forked(), pair.held)
+        for number in uses:
+            yield pair, pair.mine.advance(number), pair.theirs.advance(number)
 
 
 class OtherDataError(Exception):
@@ -66,26 +73,32 @@ class OtherDataError(Exception):
 
 
 def correct_layer(
-    model: nn.Module, pairs: Sequence[Pair], number: int, elements: Elements, steps: int
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    uses: Uses,
+    elements: Elements,
+    shared: Container[str],
+    steps: int,
 ) -> LayerError:
-    """Correct a convolution or linear layer on pairs that have met there, in place.
+    """Correct a convolution or linear layer in place, for all its uses.
 
     Args:
         model: whose layer it is.
         pairs: at least one of them holds samples out.
-        number: of the stop.
+        uses: the stops that are this layer.
         elements: of the weight.
+        shared: parameters that must stay, because other layers read them as well.
         steps: conjugate gradient steps.
     """
     side = pairs[0].mine
-    stop = side.stops[number]
+    stop = side.stops[uses[0]]
     assert stop.block is not None
     weight = stop.block.weight
     linear = weight.columns is not None
     mask = _kept(weight, elements)
     alive = mask.flatten(1).any(1)  # a channel without kernels stays dead
-    fit, held, spreads = _samples(pairs, number, linear=linear)
-    constant, sign = _constant(model, side, stop)
+    fit, held, spreads = _samples(pairs, uses, alive, linear=linear)
+    constant, sign = _constant(model, side, uses, shared)
     free = mask.new_zeros(len(mask)) if constant is None else constant.kept & alive
     found = correct(operator_of(weight, stop.node), mask, free, fit, held, steps=steps)
     elements.add(in_layout(weight, found.kernels[..., 0] if linear else found.kernels))
@@ -110,19 +123,21 @@ def _kept(weight: Weight, elements: Elements) -> Tensor:
 
 
 def _samples(
-    pairs: Sequence[Pair], number: int, *, linear: bool
+    pairs: Sequence[Pair], uses: Uses, alive: Tensor, *, linear: bool
 ) -> tuple[list[Sample], list[Sample], Tensor]:
     """What a layer reads and lacks, to solve for and held out; and the spreads of its target."""
     fit: list[Sample] = []
     held: list[Sample] = []
     targets: list[Tensor] = []
-    for pair in pairs:
-        target = pair.meet(number)
-        node = pair.mine.stops[number].node
+    for pair, node, _ in visits(pairs, uses):
+        target = pair.theirs.run()
         x, result = pair.mine.running.value(data_of(node)), pair.mine.running.compute(node)
         if result.shape != target.shape:
             raise OtherDataError
-        _check_finite(pair.mine.stops[number], target)
+        _check_finite(pair.mine.stops[uses[0]], target)
+        if len(uses) > 1:  # later uses see what this one is to give, not its error on top of theirs
+            on = alive.reshape(-1, *[1] * (result.dim() - 2))
+            pair.mine.take(torch.where(on, target, result))
         wide = torch.promote_types(x.dtype, torch.float32)
         values = [t.to(wide)[..., None] if linear else t.to(wide) for t in (x, target, result)]
         (x, x_held), (target, y_held), (result, result_held) = map(pair.split, values)
@@ -134,20 +149,23 @@ def _samples(
     return fit, held, spreads_of(targets)
 
 
-def _constant(model: nn.Module, side: Side, stop: Stop) -> tuple[Elements | None, float]:
+def _constant(
+    model: nn.Module, side: Side, uses: Uses, shared: Container[str]
+) -> tuple[Elements | None, float]:
     """What adds a constant to every output channel of a layer, and its sign.
 
     The bias; without one, the running mean of the batch norm that alone reads the layer, unless
     that is frozen.
     """
-    call = read_call(stop.node)
+    call = read_call(side.stops[uses[0]].node)
     bias = call.bias if call is not None else None
     if isinstance(bias, fx.Node):
-        found = elements_of(model, side.running.origin(bias), side.running.value(bias))
+        found = elements_of(model, side.running.origin(bias), side.running.value(bias), shared)
         return (None if isinstance(found, str) else found), 1.0
-    if stop.statistics is None or is_frozen_mean(model, stop.statistics):
+    name = mean_behind(side, uses)
+    if name is None or is_frozen_mean(model, name):
         return None, 1.0
-    mean = dict(model.named_buffers())[stop.statistics]
+    mean = dict(model.named_buffers())[name]
     index = torch.arange(len(mean), device=mean.device)
     return Elements(mean, index, torch.ones_like(index, dtype=torch.bool)), -1.0
 

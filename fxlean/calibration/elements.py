@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..channels.weights import Origin, Weight
+from ..channels.weights import Origin
 from ..tracing.arguments import public_name
 
 COMPUTED = "its weight is a buffer, or computed from its parameters"
 EMPTY = "none of its kernels is left"
 FROZEN = "its weight does not require gradients"
-SHARED = "its weight is used more than once"
+SHARED = "its weight is used in several ways"
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,19 @@ class Elements:
             self.parameter.data[places] = wide.to(self.parameter.dtype)
 
 
-def elements_of(model: nn.Module, origin: Origin | None, value: Tensor) -> Elements | str:
+def elements_of(
+    model: nn.Module, origin: Origin | None, value: Tensor, shared: Container[str]
+) -> Elements | str:
     """The elements behind a value of a traced graph, or why they cannot be changed.
 
-    A value that is anything but its elements times their masks is not solved for.
+    A value that is anything but its elements times their masks is not solved for, nor is what is
+    of a parameter that several layers share.
     """
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     if origin is None or origin.parameter not in parameters:
         return COMPUTED
+    if origin.parameter in shared:
+        return SHARED
     parameter = parameters[origin.parameter]
     if not parameter.requires_grad:
         return FROZEN
@@ -62,21 +66,6 @@ def elements_of(model: nn.Module, origin: Origin | None, value: Tensor) -> Eleme
     kept = torch.ones_like(index, dtype=torch.bool) if mask is None else mask.take(index) != 0
     found = Elements(parameter, index, kept)
     return found if torch.equal(found.value().to(value.dtype), value.detach()) else COMPUTED
-
-
-def shared_parameters(weights: Iterable[Weight]) -> set[str]:
-    """Parameters of which several applications of weights read the same element."""
-    uses: defaultdict[str, list[Tensor]] = defaultdict(list)
-    for weight in weights:
-        if weight.origin is not None:
-            index = weight.origin.flat_index(weight.value.shape)
-            uses[weight.origin.parameter].append(index.reshape(-1).cpu())
-    return {name for name, found in uses.items() if _repeated(found)}
-
-
-def _repeated(found: list[Tensor]) -> bool:
-    every = torch.cat(found)
-    return len(found) > 1 and len(every.unique()) < len(every)
 
 
 def saved(model: nn.Module) -> Mapping[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -10,35 +9,31 @@ from torch import Tensor, fx, nn
 
 from ..channels.calls import argument, aten, operator_of
 from ..ranks import summed
-from .corrections import OtherDataError, Pair, mean_of
+from .corrections import OtherDataError, Pair, mean_of, visits
 from .elements import Elements, elements_of
 from .shares import data_of
 from .side_by_side import Side
+from .uses import Uses
 
-NAMES = ("weight", "bias")
 Parts = list[tuple[Tensor, Tensor]]  # what a norm gives and what it should give, (entries, places)
 
 
-def correct_norm(pairs: Sequence[Pair], number: int, mean: Tensor, reference: Tensor) -> None:
+def correct_norm(pairs: Sequence[Pair], uses: Uses, mean: Tensor, reference: Tensor) -> None:
     """Shift the running mean of a batch norm by as much as its input has shifted, in place.
 
-    Only of channels whose held-out error falls. Both networks must have met before it.
+    Only of channels whose held-out error falls.
 
     Args:
-        pairs: run up to the batch norm.
-        number: of the stop.
+        pairs: at least one of them holds samples out.
+        uses: the stops that are this batch norm.
         mean: the running mean, changed in place.
         reference: the running mean in the reference.
     """
     fit: list[Tensor] = []
     held: list[Tensor] = []
-    for pair in pairs:
-        pair.mine.advance(pair.mine.stops[number].node)
-        pair.theirs.advance(pair.theirs.stops[number].node)
-        x, y = (
-            side.running.value(data_of(side.stops[number].node))
-            for side in (pair.mine, pair.theirs)
-        )
+    for pair, node, twin in visits(pairs, uses):
+        x = pair.mine.running.value(data_of(node))
+        y = pair.theirs.running.value(data_of(twin))
         if x.shape != y.shape:
             raise OtherDataError
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -54,7 +49,7 @@ def correct_norm(pairs: Sequence[Pair], number: int, mean: Tensor, reference: Te
     mean += torch.where(summed(after) < summed(before), shift, 0).to(mean.dtype)
 
 
-def correct_scale(model: nn.Module, pairs: Sequence[Pair], number: int, shared: set[str]) -> None:
+def correct_scale(model: nn.Module, pairs: Sequence[Pair], uses: Uses, shared: set[str]) -> None:
     """Fit scale and shift of a group or layer norm to what it gives in the reference, in place.
 
     Channels that have gone change what all others of their group are divided by. Only of entries
@@ -63,14 +58,14 @@ def correct_scale(model: nn.Module, pairs: Sequence[Pair], number: int, shared: 
     Args:
         model: whose norm it is.
         pairs: at least one of them holds samples out.
-        number: of the stop.
+        uses: the stops that are this norm.
         shared: parameters that must stay, because others read them as well.
     """
-    found = _scale_and_shift(model, pairs[0].mine, number, shared)
+    found = _scale_and_shift(model, pairs[0].mine, uses, shared)
     if found is None:
         return
     scale, shift = found
-    fit, held = _given(pairs, number, scale.index.numel())
+    fit, held = _given(pairs, uses, scale.index.numel())
     mean, wanted = (mean_of(parts) for parts in zip(*fit, strict=True))
     moved = [(given - mean[:, None], target - wanted[:, None]) for given, target in fit]
     spread = summed(torch.stack([given.square().sum(1) for given, _ in moved]).sum(0))
@@ -86,36 +81,26 @@ def correct_scale(model: nn.Module, pairs: Sequence[Pair], number: int, shared: 
     scale.add(grown * scale.value())
 
 
-def shared_scales(side: Side) -> set[str]:
-    """Parameters that several group and layer norms read."""
-    nodes = [argument(stop.node, name) for stop in side.stops if stop.scaled for name in NAMES]
-    origins = [side.running.origin(node) for node in nodes]
-    times = Counter(origin.parameter for origin in origins if origin is not None)
-    return {name for name, count in times.items() if count > 1}
-
-
 def _scale_and_shift(
-    model: nn.Module, side: Side, number: int, shared: set[str]
+    model: nn.Module, side: Side, uses: Uses, shared: set[str]
 ) -> tuple[Elements, Elements] | None:
     """What a norm multiplies by and adds, if both may change."""
     found = []
-    for name in NAMES:
-        node = argument(side.stops[number].node, name)
-        origin = side.running.origin(node)
-        elements = elements_of(model, origin, side.running.value(node))
-        if isinstance(elements, str) or (origin is not None and origin.parameter in shared):
+    for name in ("weight", "bias"):
+        node = argument(side.stops[uses[0]].node, name)
+        elements = elements_of(model, side.running.origin(node), side.running.value(node), shared)
+        if isinstance(elements, str):
             return None
         found.append(elements)
     return found[0], found[1]
 
 
-def _given(pairs: Sequence[Pair], number: int, entries: int) -> tuple[Parts, Parts]:
+def _given(pairs: Sequence[Pair], uses: Uses, entries: int) -> tuple[Parts, Parts]:
     """What a norm gives in both networks: to solve for, and held out."""
     fit: Parts = []
     held: Parts = []
-    for pair in pairs:
-        node = pair.mine.stops[number].node
-        target, given = pair.meet(number)[0], pair.mine.running.compute(node)[0]
+    for pair, node, _ in visits(pairs, uses):
+        target, given = pair.theirs.run()[0], pair.mine.running.compute(node)[0]
         if given.shape != target.shape:
             raise OtherDataError
         halves = zip(pair.split(given), pair.split(target), strict=True)

@@ -18,16 +18,17 @@ from ..tracing.inputs import Arguments
 from ..tracing.sandbox import on_cpu, ordinary, same_random_states
 from .batches import example_and_batches
 from .corrections import OTHER_DATA, LayerError, OtherDataError, Pair, correct_layer, relative
-from .elements import EMPTY, SHARED, elements_of, put_back, saved, shared_parameters
+from .elements import EMPTY, elements_of, put_back, saved
 from .expansion import expanded, is_compacted, taken_back
 from .least_squares import STEPS
-from .norm_corrections import correct_norm, correct_scale, shared_scales
+from .norm_corrections import correct_norm, correct_scale
 from .reference import check_reference, is_unpruned, outputs_of, wanted_of
 from .repair_result import RepairResult
 from .running import Known
 from .samples import held_out, output_error, sample_counts
 from .side_by_side import opened
 from .statistics import is_frozen_mean
+from .uses import Uses, shared_parameters, uses_of
 
 DELAY = 1.0  # seconds before progress is shown
 Batches = Sequence[Arguments]
@@ -184,8 +185,8 @@ def _repair_all(
         reasons = "; ".join(dict.fromkeys(skipped.values()))
         raise NothingToRepairError(
             f"{type(model).__name__} has no layer that can be repaired ({reasons or 'none found'}):"
-            " a convolution or linear layer that is used once in a run, and whose weight is a"
-            " parameter that requires gradients. Prune it without repair, and train it or call"
+            " a convolution or linear layer whose weight is a parameter that requires gradients and"
+            " that no other layer uses. Prune it without repair, and train it or call"
             " fxlean.distill."
         )
     return layers, skipped
@@ -200,22 +201,21 @@ def _repair_piece(
 ) -> Iterator[LayerError | dict[str, str]]:
     """Correct the layers of one piece; yields their errors, or why they were left alone."""
     mine, theirs = pairs[0].mine, pairs[0].theirs
-    stops = mine.stops
-    shared = shared_parameters(stop.block.weight for stop in stops if stop.block is not None)
-    shared |= shared_scales(mine)
+    layers = uses_of(mine)
+    shared = shared_parameters(mine, layers)
     means, wanted = dict(model.named_buffers()), dict(reference.named_buffers())
     disable = None if progress is None else not progress
-    bar = tqdm(stops, "fxlean: repair", delay=DELAY, leave=False, disable=disable)
-    for number, stop in enumerate(bar):
+    for uses in tqdm(layers, "fxlean: repair", delay=DELAY, leave=False, disable=disable):
+        stop = mine.stops[uses[0]]
         try:
             if stop.scaled:
-                correct_scale(model, pairs, number, shared)
+                correct_scale(model, pairs, uses, shared)
             elif stop.block is None:
-                name, twin = (side.stops[number].statistics for side in (mine, theirs))
+                name, twin = stop.statistics, theirs.stops[uses[0]].statistics
                 if name and twin and not is_frozen_mean(model, name):
-                    correct_norm(pairs, number, means[name], wanted[twin])
+                    correct_norm(pairs, uses, means[name], wanted[twin])
             else:
-                yield _repair_layer(model, pairs, number, shared, steps)
+                yield _repair_layer(model, pairs, uses, shared, steps)
         except OtherDataError:
             if stop.block is not None:
                 yield {stop.block.weight.layer_name: OTHER_DATA}
@@ -224,20 +224,18 @@ def _repair_piece(
 
 
 def _repair_layer(
-    model: nn.Module, pairs: Sequence[Pair], number: int, shared: set[str], steps: int
+    model: nn.Module, pairs: Sequence[Pair], uses: Uses, shared: set[str], steps: int
 ) -> LayerError | dict[str, str]:
     """Correct one layer; returns its error, or why it was left alone."""
-    block = pairs[0].mine.stops[number].block
+    block = pairs[0].mine.stops[uses[0]].block
     assert block is not None
     weight = block.weight
-    found = elements_of(model, weight.origin, weight.value)
-    if weight.origin is not None and weight.origin.parameter in shared:
-        found = SHARED
+    found = elements_of(model, weight.origin, weight.value, shared)
     if not weight.value.any():
         found = EMPTY
     if isinstance(found, str):
         return {weight.layer_name: found}
-    return correct_layer(model, pairs, number, found, steps)
+    return correct_layer(model, pairs, uses, found, shared, steps)
 
 
 def _check_alike(pairs: Sequence[Pair], model: nn.Module, reference: nn.Module) -> None:

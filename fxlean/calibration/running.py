@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -73,6 +74,12 @@ class Running:
                 self.nodes.append(node)
                 self._last |= dict.fromkeys(node.all_input_nodes, node)
         self.refresh()
+
+    def forked(self) -> Running:
+        """The same graph, run as far, to be run on by itself."""
+        fork = copy.copy(self)
+        fork.values = dict(self.values)
+        return fork
 
     def origin(self, node: fx.Node) -> Origin | None:
         """The parameter elements behind a node that depends on parameters only."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ class Stop:
         node: its call.
         block: its weight; None for a norm.
         statistics: name of the running mean of a batch norm, or of the one that alone reads a
-            layer; None where there is none, or several read it.
+            layer; None where there is none.
     """
 
     node: fx.Node
@@ -53,8 +53,6 @@ def stops_of(piece: Piece, made: Mapping[fx.Node, range], blocks: Sequence[Block
     nodes = list(piece.graph.graph.nodes)
     firsts = {block.first: block for block in blocks}
     means = {node: piece.state_nodes.get(_running_mean(node)) for node in nodes}
-    times = Counter(means.values())
-    means = {node: name if times[name] == 1 else None for node, name in means.items()}
     found = []
     for node in nodes:
         inside = firsts.keys() & made.get(node, ())
@@ -97,15 +95,28 @@ class Side:
         self.stops = [stop for stop in found if stop.node in runs]
         self._next = 0
 
-    def advance(self, node: fx.Node) -> None:
-        """Run what comes before a node."""
+    def forked(self) -> Side:
+        """The same network, run as far, to be run on by itself."""
+        fork = copy.copy(self)
+        fork.running = self.running.forked()
+        return fork
+
+    def advance(self, number: int) -> fx.Node:
+        """Run what comes before a stop; returns its call."""
+        node = self.stops[number].node
         while self.running.nodes[self._next] is not node:
             self.run()
+        return node
 
     def run(self) -> Any:
         """Run the next node; returns its value."""
         self._next += 1
         return self.running.step(self.running.nodes[self._next - 1])
+
+    def take(self, value: Any) -> None:
+        """Go past the next node as if it had given this value."""
+        self.running.values[self.running.nodes[self._next]] = value
+        self._next += 1
 
 
 def opened(

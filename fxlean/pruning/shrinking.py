@@ -78,7 +78,7 @@ def shrink(
             `repair` and `compact`.
 
     Warns:
-        PruneWarning: no layer can be repaired, as where all are used several times in a run; see
+        PruneWarning: no layer can be repaired, as where all weights are used in several ways; see
             also `prune`.
     """
     given = {"granularity": "channel", "of": "macs", "method": "relevance", **options}

@@ -59,19 +59,10 @@ def test_every_channel_is_fitted_by_least_squares(norm):
     assert result.after < result.before
 
 
-def frozen(model):
-    model[1].bias.requires_grad_(False)
-
-
-def used_twice(model):
-    model[2] = nn.Sequential(model[1], nn.ReLU())
-
-
-@pytest.mark.parametrize("change", [frozen, used_twice])
-def test_norms_that_must_not_change_stay(change):
+def test_frozen_norms_stay():
     model, reference = network(group_norm())
-    change(model)
-    change(reference)
+    for net in (model, reference):
+        net[1].bias.requires_grad_(False)
     before = state(model[1])
     fxlean.repair(model, X, reference)
     assert same_state(model[1].state_dict(), before)

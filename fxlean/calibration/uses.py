@@ -1,0 +1,83 @@
+"""Which stops are one layer: a network may use a layer several times in a run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from ..channels.calls import argument, read_call
+from ..channels.weights import Origin
+from .side_by_side import Side, Stop
+from .systems import operator_of
+
+Uses = tuple[int, ...]  # numbers of the stops that are one layer, in order
+
+
+def uses_of(side: Side) -> list[Uses]:
+    """The stops of each layer and norm, in the order of the first of each.
+
+    Those of a layer have the same weight, bias and options; of a group or layer norm, the same
+    scale and shift; of a batch norm, the same running mean.
+    """
+    found: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for number, stop in enumerate(side.stops):
+        found[_identity(side, stop) or number].append(number)
+    return [tuple(numbers) for numbers in found.values()]
+
+
+def shared_parameters(side: Side, layers: Sequence[Uses]) -> set[str]:
+    """Parameters of which several layers and norms read the same element."""
+    read: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for uses in layers:
+        for origin, shape in _places(side, side.stops[uses[0]]):
+            read[origin.parameter].append(origin.flat_index(shape).reshape(-1).cpu())
+    return {name for name, found in read.items() if len(found) > 1 and _repeated(found)}
+
+
+def mean_behind(side: Side, uses: Uses) -> str | None:
+    """The name of the running mean of the batch norm that alone reads a layer, and reads no other.
+
+    None where there is none.
+    """
+    names = {side.stops[number].statistics for number in uses}
+    name = names.pop()
+    norms = [stop for stop in side.stops if stop.block is None and stop.statistics == name]
+    return name if not names and len(norms) == len(uses) else None
+
+
+def _identity(side: Side, stop: Stop) -> Hashable:
+    """What all stops of one layer have in common; None where that is unknown."""
+    if stop.block is None and not stop.scaled:
+        return stop.statistics
+    places = tuple(
+        (origin.parameter, tuple(shape), origin.flat_index(shape).cpu().numpy().tobytes())
+        for origin, shape in _places(side, stop)
+    )
+    if stop.block is None:
+        return places if len(places) == 2 else None
+    options = operator_of(stop.block.weight, stop.node).options
+    return (places, str(options)) if stop.block.weight.origin is not None else None
+
+
+def _places(side: Side, stop: Stop) -> Iterator[tuple[Origin, torch.Size]]:
+    """Where the weight and bias of a layer are, or the scale and shift of a group or layer norm."""
+    if stop.block is not None:
+        weight, call = stop.block.weight, read_call(stop.node)
+        if weight.origin is not None:
+            yield weight.origin, weight.value.shape
+        nodes = [call.bias if call is not None else None]
+    else:
+        nodes = [argument(stop.node, name) for name in ("weight", "bias") if stop.scaled]
+    for node in nodes:
+        if isinstance(node, fx.Node):
+            origin = side.running.origin(node)
+            if origin is not None:
+                yield origin, side.running.value(node).shape
+
+
+def _repeated(found: Sequence[Tensor]) -> bool:
+    every = torch.cat(list(found))
+    return len(every.unique()) < len(every)
