@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FrameType
 
 from torch import Tensor
 
 # Frames that are not a caller's: ours, and those of our decorators.
 INSIDE = ("fxlean.", "contextlib", "torch.utils._contextlib")
+
+_told: ContextVar[set[str] | None] = ContextVar("told", default=None)  # in the current call
 
 
 class FxleanError(Exception):
@@ -76,8 +80,24 @@ def first_line(err: BaseException) -> str:
     return f"{type(err).__name__}: {lines[0][:300]}" if lines else type(err).__name__
 
 
+@contextmanager
+def telling_once() -> Iterator[None]:
+    """Give no warning twice: for a call that traces or copies several times."""
+    token = None if _told.get() is not None else _told.set(set())
+    try:
+        yield
+    finally:
+        if token is not None:
+            _told.reset(token)
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line outside of the library that has called it."""
+    told = _told.get()
+    if told is not None:
+        if message in told:
+            return
+        told.add(message)
     warnings.warn(message, category, stacklevel=_outside()[1] + 1)
 
 

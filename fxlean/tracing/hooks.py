@@ -54,6 +54,22 @@ def only_hooks(model: nn.Module, active: Set[int]) -> Iterator[None]:
         _put_back(originals)
 
 
+def holding_others(model: nn.Module) -> list[str]:
+    """Names of the modules with a hook whose function holds on to a module of another model.
+
+    A lambda with `self` in it does in a copy: functions are not copied, so it writes into the model
+    that it was written for.
+    """
+    own = set(model.modules())
+    return [
+        name
+        for name, module in model.named_modules()
+        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        for cell in getattr(hook, "__closure__", None) or ()
+        if isinstance(cell.cell_contents, nn.Module) and cell.cell_contents not in own
+    ]
+
+
 def _dictionaries(model: nn.Module) -> tuple[list[dict[int, Any]], list[dict[int, Any]]]:
     """The hooks before and after the calls of all modules, with those of every model."""
     before: list[Any] = [torch_module._global_forward_pre_hooks]

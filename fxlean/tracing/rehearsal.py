@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ArgumentError, TraceError, first_line, some
-from .hooks import watched_hooks
+from .hooks import holding_others, watched_hooks
 from .inputs import Arguments, as_arguments, call, describe, guesses, names_only
 from .leaves import is_ordinary, replaced, tensors_in
 from .sandbox import running, unwritten
@@ -121,6 +121,13 @@ def _next_step(model: nn.Module) -> str:
     if names:
         given = ", ".join(f"{name}=..." for name in names)
         return f"Its forward takes {some(names)} by name: pass example_inputs=dict({given})."
+    hooked = holding_others(model)
+    if hooked:
+        return (
+            f"It may be for the hooks of {some(hooked)}: their functions hold another module, as a "
+            "lambda with self in it does in every copy of its model. Register methods instead, or "
+            "functools.partial(function, self), which are copied with it."
+        )
     return (
         "Pass example_inputs that model(*example_inputs) accepts, or a dict for "
         "model(**example_inputs)."

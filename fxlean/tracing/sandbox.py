@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import ArgumentError, first_line
+from ..errors import ArgumentError, first_line, telling_once
 from .leaves import is_ordinary, tensors_in
 from .snapshot import Snapshot
 
@@ -31,9 +32,9 @@ AUTOCAST = ("cpu", "cuda")
 def ordinary() -> Iterator[None]:
     """Neither inference mode nor autocast, in which a caller may be: values as the model has them.
 
-    What is made there are ordinary tensors, that can be trained.
+    What is made there are ordinary tensors, that can be trained. No warning is given twice.
     """
-    with ExitStack() as stack:
+    with telling_once(), ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         for kind in filter(torch.is_autocast_enabled, AUTOCAST):
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -193,17 +194,14 @@ def paused_collection() -> Iterator[None]:
 
 
 def copied(model: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
-    """A deep copy, `shared` aside; computed weights, which deepcopy refuses, are detached in it.
+    """A deep copy, `shared` aside; computed tensors, which deepcopy refuses, are detached in it.
 
     Every module is in the mode that it was in: graph modules do not take care of that.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
     try:
-        result = copy.deepcopy(model, dict(memo))
+        with _Detached():
+            result = copy.deepcopy(model, dict(memo))
     except Exception as err:  # whatever an attribute raises
         attribute = _uncopied(model, memo)
         if attribute is None:
@@ -218,12 +216,25 @@ def copied(model: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
     return result
 
 
+class _Detached(TorchFunctionMode):
+    """Deep copies of computed tensors are their values."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            return memo.setdefault(id(tensor), tensor.detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
 def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str | None:
     """The attribute that keeps a model from being copied, if any does."""
     for path, module in reversed([*model.named_modules()]):
         for key, value in vars(module).items():
             try:
-                copy.deepcopy(value, dict(memo))
+                with _Detached():
+                    copy.deepcopy(value, dict(memo))
             except Exception:
                 return f"{path}.{key}".removeprefix(".")
     return None

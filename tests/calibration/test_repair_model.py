@@ -1,6 +1,7 @@
 """Repair over all kinds of networks: what it changes, what it must not, and that it helps."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -413,7 +414,6 @@ def test_other_types(dtype):
     assert all(parameter.dtype == dtype for parameter in model.parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.* does not trace as a whole:fxlean.PruneWarning")
 def test_a_model_that_traces_in_parts_is_repaired_part_by_part():
     class Parts(nn.Module):
         def __init__(self):
@@ -427,8 +427,14 @@ def test_a_model_that_traces_in_parts_is_repaired_part_by_part():
 
     torch.manual_seed(0)
     model, x = Parts().eval(), torch.randn(32, 3, 8, 8)
-    reference = pruned(model, 0.5, x)
-    result = fxlean.repair(model, [x[:16], x[16:]], reference)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        reference = pruned(model, 0.5, x)
+        result = fxlean.repair(model, [x[:16], x[16:]], reference)
+    assert [str(warning.message)[:32] for warning in told] == [
+        "Parts does not trace as a whole:"
+    ] * 2
+    assert len({warning.lineno for warning in told}) == 2
     assert [layer.name for layer in result.layers] == ["first.0", "first.2", "last.0", "last.2"]
     assert result.after < 0.9 * result.before
 

@@ -1,7 +1,9 @@
 """The real run before a trace: caches hold real tensors, and hooks that only look stay away."""
 
+import copy
 import functools
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -261,6 +263,29 @@ class Keeping(Between):
 
     def forward(self, x):
         return self.last(self.second(self.first(x) + self.kept["skip"]).relu())
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_hooks_that_no_copy_can_run_are_named(copies):
+    class Keeping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.kept = conv_bn_relu(3, 16), conv(16, 2, 1), {}
+            keep = functools.partial(Keeping.keep, self) if copies else lambda *_: self.keep(*_)
+            self.first.register_forward_hook(keep)
+
+        def keep(self, module, args, result):
+            self.kept["first"] = result
+
+        def forward(self, x):
+            return self.last(self.first(x) + self.kept.pop("first"))
+
+    model = Keeping().eval()
+    images = torch.rand(8, 3, 12, 12)
+    fxlean.prune(copy.deepcopy(model) if copies else model, 0.5, images, method="l1")
+    told = pytest.raises(fxlean.ArgumentError, match=r"KeyError: 'first'.*the hooks of first: ")
+    with nullcontext() if copies else told:
+        fxlean.shrink(model, 0.5, images, progress=False)
 
 
 def test_what_a_hook_has_kept_of_an_earlier_call_is_not_read():
