@@ -60,6 +60,8 @@ def apply_rule(site: Site, slots: Slots, follow: Collection[Any]) -> Any:
     result = _met(site)
     if result is None:
         result = rule_for(site.node.target)(_with_parts_met(site))
+    elif site.packet is aten.zeros_like:
+        slots.set_zero(result.ids)
     applied = slots.applications and slots.applications[-1].call.node is site.node
     if applied or _adds_own_bias(site, slots):
         return result

@@ -134,6 +134,10 @@ class Slots:
         """Which of these slots are zero for every input."""
         return self._zero[slots]
 
+    def set_zero(self, slots: Tensor) -> None:
+        """These slots are zero for every input."""
+        self._zero[slots] = True
+
     def link(self, left: Tensor, right: Tensor) -> None:
         """Keep or remove these slots together, pair by pair."""
         self.links.append((left.reshape(-1), right.reshape(-1)))

@@ -20,7 +20,15 @@ CUTS = [
     *("average_pool", "classifier"),
 ]
 # Every operand of a product gets all, so a chain behind one would count once for each operand.
-PRODUCTS = {"halves", "selective", "expanded_gate", "product_gate", "squeeze_excite", "swish_gate"}
+PRODUCTS = {
+    "gated_cell",
+    "halves",
+    "selective",
+    "expanded_gate",
+    "product_gate",
+    "squeeze_excite",
+    "swish_gate",
+}
 
 
 def shares(name, **options):

@@ -359,6 +359,22 @@ def shared_sequence() -> nn.Module:
     return between(block, nn.ReLU(), block, nn.ReLU())
 
 
+class GatedCell(nn.Module):
+    """Two steps of a recurrent cell, whose gates are halves of one convolution, from zeros on."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.gates, self.last = conv(3, 4), conv(8, 8), conv(4, 2, 1)
+
+    def forward(self, x):
+        x = self.read(x)
+        state = torch.zeros_like(x)
+        for _ in range(2):
+            gate, new = self.gates(torch.cat([x, state], 1)).chunk(2, 1)
+            state = gate.sigmoid() * state + new.tanh()
+        return self.last(state)
+
+
 def shared_inputs() -> nn.Module:
     block = conv_bn_relu(3, 4)
     return TwoInputs(block, block)

@@ -22,6 +22,7 @@ from tests.support.blocks import (
     Fourier,
     FrozenNorm,
     Functional,
+    GatedCell,
     Halves,
     InPlace,
     MultiHead,
@@ -192,6 +193,7 @@ ZOO: dict[str, Case] = {
         )
     ),
     "shared_sequence": Case(shared_sequence),
+    "gated_cell": Case(GatedCell),
     "shared_inputs": Case(shared_inputs, shapes=((2, 3, 8, 8), (2, 3, 8, 8))),
     "two_inputs": Case(
         lambda: TwoInputs(conv_bn_relu(3, 5, stride=2), conv_bn_relu(1, 3)),
