@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..channels.calls import argument, read_call
 from ..channels.weights import Origin
@@ -14,6 +14,7 @@ from .side_by_side import Side, Stop
 from .systems import operator_of
 
 Uses = tuple[int, ...]  # numbers of the stops that are one layer, in order
+Place = tuple[Origin, torch.Size]  # of a tensor of that shape
 
 
 def uses_of(side: Side) -> list[Uses]:
@@ -30,11 +31,11 @@ def uses_of(side: Side) -> list[Uses]:
 
 def shared_parameters(side: Side, layers: Sequence[Uses]) -> set[str]:
     """Parameters of which several layers and norms read the same element."""
-    read: defaultdict[str, list[Tensor]] = defaultdict(list)
+    read: defaultdict[str, list[Place]] = defaultdict(list)
     for uses in layers:
-        for origin, shape in _places(side, side.stops[uses[0]]):
-            read[origin.parameter].append(origin.flat_index(shape).reshape(-1).cpu())
-    return {name for name, found in read.items() if len(found) > 1 and _repeated(found)}
+        for place in _places(side, side.stops[uses[0]]):
+            read[place[0].parameter].append(place)
+    return {name for name, places in read.items() if len(places) > 1 and _overlap(places)}
 
 
 def mean_behind(side: Side, uses: Uses) -> str | None:
@@ -53,7 +54,7 @@ def _identity(side: Side, stop: Stop) -> Hashable:
     if stop.block is None and not stop.scaled:
         return stop.statistics
     places = tuple(
-        (origin.parameter, tuple(shape), origin.flat_index(shape).cpu().numpy().tobytes())
+        (origin.parameter, shape, origin.index is not None and origin.index.cpu().numpy().tobytes())
         for origin, shape in _places(side, stop)
     )
     if stop.block is None:
@@ -62,7 +63,7 @@ def _identity(side: Side, stop: Stop) -> Hashable:
     return (places, str(options)) if stop.block.weight.origin is not None else None
 
 
-def _places(side: Side, stop: Stop) -> Iterator[tuple[Origin, torch.Size]]:
+def _places(side: Side, stop: Stop) -> Iterator[Place]:
     """Where the weight and bias of a layer are, or the scale and shift of a group or layer norm."""
     if stop.block is not None:
         weight, call = stop.block.weight, read_call(stop.node)
@@ -78,6 +79,6 @@ def _places(side: Side, stop: Stop) -> Iterator[tuple[Origin, torch.Size]]:
                 yield origin, side.running.value(node).shape
 
 
-def _repeated(found: Sequence[Tensor]) -> bool:
-    every = torch.cat(list(found))
+def _overlap(places: Sequence[Place]) -> bool:
+    every = torch.cat([origin.flat_index(shape).reshape(-1).cpu() for origin, shape in places])
     return len(every.unique()) < len(every)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
@@ -65,9 +65,16 @@ def holding_others(model: nn.Module) -> list[str]:
         name
         for name, module in model.named_modules()
         for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        for cell in getattr(hook, "__closure__", None) or ()
-        if isinstance(cell.cell_contents, nn.Module) and cell.cell_contents not in own
+        for held in _closed_over(hook)
+        if isinstance(held, nn.Module) and held not in own
     ]
+
+
+def _closed_over(hook: Any) -> Iterator[Any]:
+    """What a function refers to of where it was defined."""
+    for cell in getattr(hook, "__closure__", None) or ():
+        with suppress(ValueError):  # where it has not been set
+            yield cell.cell_contents
 
 
 def _dictionaries(model: nn.Module) -> tuple[list[dict[int, Any]], list[dict[int, Any]]]:
