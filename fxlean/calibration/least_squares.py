@@ -5,7 +5,8 @@ For every output channel, over its kept elements `d` and, where it is free, a co
     minimise  |conv(x, d) + b - r|^2 + ridge * sum of D * d^2
 
 where D, the diagonal of the normal equations, makes the ridge independent of how channels are
-scaled. All output channels are solved at once, each with its own step lengths.
+scaled. All output channels are solved at once, or of a very large layer some at a time, each with
+its own step lengths.
 
 The iterates of every ridge are compared on held-out samples, and each output channel takes the
 best one it has seen, or none. Stopping early is a regularisation of its own: what few samples
@@ -18,7 +19,7 @@ Methods for Least Squares Problems", algorithm 7.4.1, for A^T A + ridge D.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from .systems import Operator, Sample, System, systems
 
 STEPS = 6
 RIDGES = (1e-3, 1e-1)
+LARGE = 2**23  # elements that are solved for at once; some 30 numbers are kept for each
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,31 @@ def correct(
         steps: conjugate gradient steps for each ridge.
         ridges: relative to the diagonal of the normal equations.
     """
+    rows = max(1, LARGE // mask[0].numel())
+    if operator.weight.groups > 1 or rows >= len(mask):
+        return _solved(operator, mask, free, fit, held, steps, ridges)
+    parts = []
+    for start in range(0, len(mask), rows):
+        span = slice(start, start + rows)
+        solve, judge = (
+            [Sample(sample.x, sample.lacks[:, span]) for sample in samples]
+            for samples in (fit, held)
+        )
+        parts.append(_solved(operator, mask[span], free[span], solve, judge, steps, ridges))
+    names = [field.name for field in fields(Correction)]
+    return Correction(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+def _solved(
+    operator: Operator,
+    mask: Tensor,
+    free: Tensor,
+    fit: Sequence[Sample],
+    held: Sequence[Sample],
+    steps: int,
+    ridges: Sequence[float],
+) -> Correction:
+    """The correction of all output channels at once."""
     products = steps * len(ridges)
     solved, judged = systems(operator, mask.shape, fit, held, products)
     equations = _Equations(solved, mask, free)

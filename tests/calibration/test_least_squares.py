@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxlean.calibration import contributions, systems
+from fxlean.calibration import contributions, least_squares, systems
 from fxlean.calibration.least_squares import correct
 from fxlean.calibration.systems import Operator, Sample, in_layout
 from fxlean.channels.weights import Weight
@@ -24,9 +24,14 @@ LAYERS = [
 ]
 
 
-@pytest.fixture(params=["covariance", "parts", "convolution"], autouse=True)
+@pytest.fixture(params=["covariance", "parts", "convolution", "rows"], autouse=True)
 def way(request, monkeypatch):
-    """Both ways to the normal equations, whatever the sizes; the covariance also part by part."""
+    """Both ways to the normal equations, whatever the sizes; the covariance also part by part.
+
+    And a few output channels at a time.
+    """
+    if request.param == "rows":
+        monkeypatch.setattr(least_squares, "LARGE", 100)
     build = systems._convolution if request.param == "convolution" else systems._covariance
     if request.param == "parts":
         monkeypatch.setattr(contributions, "CACHED", 50)
