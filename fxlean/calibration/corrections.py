@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from math import inf, isnan, sqrt
 
 import torch
@@ -43,28 +43,47 @@ class Pair:
     Attributes:
         mine, theirs: the two networks.
         held: fraction of the samples, the last ones, that are held out.
+        pending: numbers of the stops that are layers still to be corrected.
     """
 
     mine: Side
     theirs: Side
     held: float
+    pending: Set[int]
 
     def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The leading part of values to solve for, and the rest to choose by."""
         first = round(values.shape[0] * (1 - self.held))
         return values[:first], values[first:]
 
+    def forked(self) -> Pair:
+        """The same batch, run as far, to be run on by itself."""
+        return replace(self, mine=self.mine.forked(), theirs=self.theirs.forked())
+
+    def foresee(self, stop: Stop, result: Tensor, target: Tensor) -> None:
+        """Go past a layer as if what is left of it gave its target already."""
+        assert stop.block is not None
+        left = stop.block.weight.kernels(stop.block.weight.value).flatten(1).any(1)
+        if result.shape == target.shape:
+            result = torch.where(left.reshape(-1, *[1] * (result.dim() - 2)), target, result)
+        self.mine.take(result)
+
 
 def visits(pairs: Sequence[Pair], uses: Uses) -> Iterator[tuple[Pair, fx.Node, fx.Node]]:
     """Meet at every use of a layer: yields a pair that has run as far, and its two calls.
 
     Pairs themselves run up to the first use only, since what is corrected there changes what comes
-    behind; to see the later uses, copies run ahead.
+    behind; to see the later uses, copies run ahead. There, layers still to be corrected give what
+    they should: their errors are not what the layer will meet, and pile up in its own results.
     """
     for pair in pairs:
         if len(uses) > 1:
-            pair = Pair(pair.mine.forked(), pair.theirs.forked(), pair.held)
-        for number in uses:
+            pair = pair.forked()
+        for previous, number in zip((uses[0], *uses), uses, strict=False):
+            for between in sorted(pair.pending & {*range(previous + 1, number)}):
+                node, _ = pair.mine.advance(between), pair.theirs.advance(between)
+                result, target = pair.mine.running.compute(node), pair.theirs.run()
+                pair.foresee(pair.mine.stops[between], result, target)
             yield pair, pair.mine.advance(number), pair.theirs.advance(number)
 
 
@@ -97,7 +116,7 @@ def correct_layer(
     linear = weight.columns is not None
     mask = _kept(weight, elements)
     alive = mask.flatten(1).any(1)  # a channel without kernels stays dead
-    fit, held, spreads = _samples(pairs, uses, alive, linear=linear)
+    fit, held, spreads = _samples(pairs, uses, linear=linear)
     constant, sign = _constant(model, side, uses, shared)
     free = mask.new_zeros(len(mask)) if constant is None else constant.kept & alive
     found = correct(operator_of(weight, stop.node), mask, free, fit, held, steps=steps)
@@ -123,7 +142,7 @@ def _kept(weight: Weight, elements: Elements) -> Tensor:
 
 
 def _samples(
-    pairs: Sequence[Pair], uses: Uses, alive: Tensor, *, linear: bool
+    pairs: Sequence[Pair], uses: Uses, *, linear: bool
 ) -> tuple[list[Sample], list[Sample], Tensor]:
     """What a layer reads and lacks, to solve for and held out; and the spreads of its target."""
     fit: list[Sample] = []
@@ -135,9 +154,8 @@ def _samples(
         if result.shape != target.shape:
             raise OtherDataError
         _check_finite(pair.mine.stops[uses[0]], target)
-        if len(uses) > 1:  # later uses see what this one is to give, not its error on top of theirs
-            on = alive.reshape(-1, *[1] * (result.dim() - 2))
-            pair.mine.take(torch.where(on, target, result))
+        if len(uses) > 1:
+            pair.foresee(pair.mine.stops[uses[0]], result, target)
         wide = torch.promote_types(x.dtype, torch.float32)
         values = [t.to(wide)[..., None] if linear else t.to(wide) for t in (x, target, result)]
         (x, x_held), (target, y_held), (result, result_held) = map(pair.split, values)

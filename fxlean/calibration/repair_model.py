@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def repair_towards(
         after, _ = output_error(outputs_of(model, data), wanted, sizes, held)
         if after > before:
             put_back(values)
-            after = before
+            after, layers = before, [replace(layer, after=layer.before) for layer in layers]
         copy_first(model)
     except BaseException:
         put_back(values)
@@ -173,9 +174,10 @@ def _repair_all(
     while number < pieces:
         mine, pieces = opened(model, batches, number, own)
         theirs, _ = opened(reference, batches, number, known)
-        pairs = [Pair(*both) for both in zip(mine, theirs, held, strict=True)]
+        pending: set[int] = set()
+        pairs = [Pair(*both, pending) for both in zip(mine, theirs, held, strict=True)]
         _check_alike(pairs, model, reference)
-        for found in _repair_piece(model, reference, pairs, steps, progress):
+        for found in _repair_piece(model, reference, pairs, pending, steps, progress):
             if isinstance(found, LayerError):
                 layers.append(found)
             else:
@@ -196,6 +198,7 @@ def _repair_piece(
     model: nn.Module,
     reference: nn.Module,
     pairs: Sequence[Pair],
+    pending: set[int],
     steps: int,
     progress: bool | None,
 ) -> Iterator[LayerError | dict[str, str]]:
@@ -203,10 +206,18 @@ def _repair_piece(
     mine, theirs = pairs[0].mine, pairs[0].theirs
     layers = uses_of(mine)
     shared = shared_parameters(mine, layers)
+    free = {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    } - shared
+    for number, stop in enumerate(mine.stops):
+        origin = stop.block.weight.origin if stop.block is not None else None
+        if origin is not None and origin.parameter in free:
+            pending.add(number)
     means, wanted = dict(model.named_buffers()), dict(reference.named_buffers())
     disable = None if progress is None else not progress
     for uses in tqdm(layers, "fxlean: repair", delay=DELAY, leave=False, disable=disable):
         stop = mine.stops[uses[0]]
+        pending.difference_update(uses)
         try:
             if stop.scaled:
                 correct_scale(model, pairs, uses, shared)

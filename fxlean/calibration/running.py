@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -81,6 +82,20 @@ class Running:
         fork.values = dict(self.values)
         return fork
 
+    def readers(self) -> dict[str, set[fx.Node]]:
+        """For every parameter and buffer, the calls in `nodes` that read what is made of it."""
+        behind = {node: {name} for node, (name, _) in self._state.items()}
+        found: defaultdict[str, set[fx.Node]] = defaultdict(set)
+        runs = set(self.nodes)
+        for node in self._piece.graph.graph.nodes:
+            names = set().union(*(behind.get(arg, set()) for arg in node.all_input_nodes))
+            if node in runs:
+                for name in names:
+                    found[name].add(node)
+            elif names:
+                behind[node] = names
+        return found
+
     def origin(self, node: fx.Node) -> Origin | None:
         """The parameter elements behind a node that depends on parameters only."""
         return self._constants.origin(node)
@@ -114,9 +129,13 @@ class Running:
     def step(self, node: fx.Node) -> Any:
         """Run the next node; returns its value."""
         value = self.compute(node)
+        self.keep(node, value)
+        return value
+
+    def keep(self, node: fx.Node, value: Any) -> None:
+        """Go past the next node with this value."""
         if node in self._last:
             self.values[node] = value
         for used in node.all_input_nodes:
             if self._last.get(used) is node:
                 self.values.pop(used, None)
-        return value

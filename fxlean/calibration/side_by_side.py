@@ -115,8 +115,8 @@ class Side:
 
     def take(self, value: Any) -> None:
         """Go past the next node as if it had given this value."""
-        self.running.values[self.running.nodes[self._next]] = value
         self._next += 1
+        self.running.keep(self.running.nodes[self._next - 1], value)
 
 
 def opened(

@@ -30,12 +30,15 @@ def uses_of(side: Side) -> list[Uses]:
 
 
 def shared_parameters(side: Side, layers: Sequence[Uses]) -> set[str]:
-    """Parameters of which several layers and norms read the same element."""
+    """Parameters of which several layers and norms read the same element, or that others read."""
+    nodes = {stop.node for stop in side.stops}
+    others = {name for name, readers in side.running.readers().items() if readers - nodes}
     read: defaultdict[str, list[Place]] = defaultdict(list)
     for uses in layers:
         for place in _places(side, side.stops[uses[0]]):
             read[place[0].parameter].append(place)
-    return {name for name, places in read.items() if len(places) > 1 and _overlap(places)}
+    found = {name for name, places in read.items() if len(places) > 1 and _overlap(places)}
+    return found | others
 
 
 def mean_behind(side: Side, uses: Uses) -> str | None:

@@ -381,6 +381,7 @@ def test_a_repair_that_makes_the_outputs_worse_is_undone(monkeypatch):
     monkeypatch.setattr(repair_model, "output_error", lambda *_: next(errors))
     result = fxlean.repair(model, x, reference)
     assert (result.before, result.after) == (0.5, 0.5)
+    assert all(layer.before == layer.after for layer in result.layers)
     assert same_state(model.state_dict(), before)
 
 

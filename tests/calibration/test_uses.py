@@ -76,29 +76,28 @@ def test_several_inputs_count_as_several_batches(sizes):
 
 
 class Repeated(nn.Module):
-    """A layer that reads its own results."""
+    """A layer that reads its own results, or what another layer makes of them."""
 
-    def __init__(self, layer, times):
+    def __init__(self, between):
         super().__init__()
-        self.layer, self.times = layer, times
+        self.layer, self.between = conv(3, 3), between
 
     def forward(self, x):
-        given = [self.layer(x)]
-        while len(given) < self.times:
-            given.append(self.layer(F.relu(given[-1])))
-        return tuple(given)
+        first = self.layer(x)
+        second = self.layer(self.between(F.relu(first)))
+        return first, second, self.layer(self.between(F.relu(second)))
 
 
+@pytest.mark.parametrize("between", [nn.Identity, lambda: conv(3, 3)])
 @torch.no_grad()
-def test_later_uses_read_what_the_earlier_ones_are_to_give():
+def test_later_uses_read_what_all_layers_are_to_give(between):
     torch.manual_seed(0)
-    model = Repeated(conv(3, 3), 3).double().eval()
+    model = Repeated(between()).double().eval()
     reference = copy.deepcopy(model)
     halved(model)
     once = Each(copy.deepcopy(model.layer))
-    read = [batches(0)]
-    while len(read) < 3:
-        read.append(F.relu(reference.layer(read[-1])))
+    first, second, _ = reference(batches(0))
+    read = [batches(0), *(reference.between(F.relu(given)) for given in (first, second))]
     fxlean.repair(model, batches(0), reference)
     fxlean.repair(once, read, Each(reference.layer))
     torch.testing.assert_close(model.layer.weight, once.network.weight)
@@ -156,6 +155,30 @@ def test_repair_of_shared_layers_helps(build, granularity):
             for net in (model, others)
         )
     assert found < 0.8 * worse
+
+
+class Tied(nn.Module):
+    """Looks channels up in the weight of its last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 5, bias=False)
+
+    def forward(self, x):
+        y = self.first(x.mean((2, 3)))
+        index = (x[:, 0, 0, 0] > 0).long()
+        return self.last(F.relu(y + F.embedding(index, self.last.weight)))
+
+
+def test_what_something_else_than_a_layer_reads_stays():
+    torch.manual_seed(0)
+    model = Tied().double().eval()
+    reference = copy.deepcopy(model)
+    halved(model)
+    before = model.last.weight.clone()
+    result = fxlean.repair(model, batches(0), reference)
+    assert torch.equal(model.last.weight, before)
+    assert result.skipped == {"last": "its weight is used in several ways"}
 
 
 class TwoWays(nn.Module):
