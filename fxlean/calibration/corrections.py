@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence, Set
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isnan, sqrt
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..channels.calls import read_call
 from ..channels.weights import Weight
 from ..errors import ArgumentError
 from ..ranks import summed
@@ -43,13 +42,13 @@ class Pair:
     Attributes:
         mine, theirs: the two networks.
         held: fraction of the samples, the last ones, that are held out.
-        pending: numbers of the stops that are layers still to be corrected.
+        pending: numbers of the stops that are layers still to be corrected; one set for all pairs.
     """
 
     mine: Side
     theirs: Side
     held: float
-    pending: Set[int]
+    pending: set[int]
 
     def split(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The leading part of values to solve for, and the rest to choose by."""
@@ -175,8 +174,7 @@ def _constant(
     The bias; without one, the running mean of the batch norm that alone reads the layer, unless
     that is frozen.
     """
-    call = read_call(side.stops[uses[0]].node)
-    bias = call.bias if call is not None else None
+    bias = side.stops[uses[0]].bias
     if isinstance(bias, fx.Node):
         found = elements_of(model, side.running.origin(bias), side.running.value(bias), shared)
         return (None if isinstance(found, str) else found), 1.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from ..channels.calls import argument, aten, operator_of
+from ..channels.calls import aten, operator_of
 from ..ranks import summed
 from .corrections import OtherDataError, Pair, mean_of, visits
 from .elements import Elements, elements_of
@@ -86,8 +86,7 @@ def _scale_and_shift(
 ) -> tuple[Elements, Elements] | None:
     """What a norm multiplies by and adds, if both may change."""
     found = []
-    for name in ("weight", "bias"):
-        node = argument(side.stops[uses[0]].node, name)
+    for node in side.stops[uses[0]].scale_and_shift:
         elements = elements_of(model, side.running.origin(node), side.running.value(node), shared)
         if isinstance(elements, str):
             return None

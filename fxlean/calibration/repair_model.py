@@ -29,7 +29,7 @@ from .running import Known
 from .samples import held_out, output_error, sample_counts
 from .side_by_side import opened
 from .statistics import is_frozen_mean
-from .uses import Uses, shared_parameters, uses_of
+from .uses import Uses, changeable, shared_parameters, uses_of
 
 DELAY = 1.0  # seconds before progress is shown
 Batches = Sequence[Arguments]
@@ -177,7 +177,7 @@ def _repair_all(
         pending: set[int] = set()
         pairs = [Pair(*both, pending) for both in zip(mine, theirs, held, strict=True)]
         _check_alike(pairs, model, reference)
-        for found in _repair_piece(model, reference, pairs, pending, steps, progress):
+        for found in _repair_piece(model, reference, pairs, steps, progress):
             if isinstance(found, LayerError):
                 layers.append(found)
             else:
@@ -198,7 +198,6 @@ def _repair_piece(
     model: nn.Module,
     reference: nn.Module,
     pairs: Sequence[Pair],
-    pending: set[int],
     steps: int,
     progress: bool | None,
 ) -> Iterator[LayerError | dict[str, str]]:
@@ -206,13 +205,8 @@ def _repair_piece(
     mine, theirs = pairs[0].mine, pairs[0].theirs
     layers = uses_of(mine)
     shared = shared_parameters(mine, layers)
-    free = {
-        name for name, parameter in model.named_parameters() if parameter.requires_grad
-    } - shared
-    for number, stop in enumerate(mine.stops):
-        origin = stop.block.weight.origin if stop.block is not None else None
-        if origin is not None and origin.parameter in free:
-            pending.add(number)
+    pending = pairs[0].pending
+    pending.update(changeable(model, mine, shared))
     means, wanted = dict(model.named_buffers()), dict(reference.named_buffers())
     disable = None if progress is None else not progress
     for uses in tqdm(layers, "fxlean: repair", delay=DELAY, leave=False, disable=disable):

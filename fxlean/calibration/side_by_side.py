@@ -40,6 +40,17 @@ class Stop:
         """Whether it is a group or layer norm."""
         return operator_of(self.node) in SCALED
 
+    @property
+    def bias(self) -> Any:
+        """The bias of a layer; None where it has none."""
+        call = read_call(self.node)
+        return call.bias if call is not None else None
+
+    @property
+    def scale_and_shift(self) -> list[Any]:
+        """What a group or layer norm multiplies by, and what it adds."""
+        return [argument(self.node, name) for name in ("weight", "bias")]
+
     def alike(self, other: Stop) -> bool:
         """Whether two networks can be compared here."""
         if self.block is None or other.block is None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from ..channels.calls import argument, read_call
 from ..channels.weights import Origin
 from .side_by_side import Side, Stop
 from .systems import operator_of
@@ -41,6 +40,17 @@ def shared_parameters(side: Side, layers: Sequence[Uses]) -> set[str]:
     return found | others
 
 
+def changeable(model: nn.Module, side: Side, shared: Container[str]) -> set[int]:
+    """The numbers of the stops that are layers whose weight may change."""
+    free = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = set()
+    for number, stop in enumerate(side.stops):
+        origin = stop.block.weight.origin if stop.block is not None else None
+        if origin is not None and origin.parameter in free and origin.parameter not in shared:
+            found.add(number)
+    return found
+
+
 def mean_behind(side: Side, uses: Uses) -> str | None:
     """The name of the running mean of the batch norm that alone reads a layer, and reads no other.
 
@@ -68,13 +78,11 @@ def _identity(side: Side, stop: Stop) -> Hashable:
 
 def _places(side: Side, stop: Stop) -> Iterator[Place]:
     """Where the weight and bias of a layer are, or the scale and shift of a group or layer norm."""
+    nodes = stop.scale_and_shift if stop.scaled else []
     if stop.block is not None:
-        weight, call = stop.block.weight, read_call(stop.node)
-        if weight.origin is not None:
-            yield weight.origin, weight.value.shape
-        nodes = [call.bias if call is not None else None]
-    else:
-        nodes = [argument(stop.node, name) for name in ("weight", "bias") if stop.scaled]
+        nodes = [stop.bias]
+        if stop.block.weight.origin is not None:
+            yield stop.block.weight.origin, stop.block.weight.value.shape
     for node in nodes:
         if isinstance(node, fx.Node):
             origin = side.running.origin(node)

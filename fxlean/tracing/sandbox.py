@@ -200,8 +200,7 @@ def copied(model: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     try:
-        with _Detached():
-            result = copy.deepcopy(model, dict(memo))
+        result: nn.Module = _deep(model, memo)
     except Exception as err:  # whatever an attribute raises
         attribute = _uncopied(model, memo)
         if attribute is None:
@@ -228,13 +227,17 @@ class _Detached(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _deep(value: Any, memo: Mapping[int, Any]) -> Any:
+    with _Detached():
+        return copy.deepcopy(value, dict(memo))
+
+
 def _uncopied(model: nn.Module, memo: Mapping[int, Any]) -> str | None:
     """The attribute that keeps a model from being copied, if any does."""
     for path, module in reversed([*model.named_modules()]):
         for key, value in vars(module).items():
             try:
-                with _Detached():
-                    copy.deepcopy(value, dict(memo))
+                _deep(value, memo)
             except Exception:
                 return f"{path}.{key}".removeprefix(".")
     return None
